@@ -1,0 +1,70 @@
+"""The command `cel`: one application, one place that turns failures into a line and an exit code."""
+
+import importlib
+import json
+import logging
+import os
+import sys
+from typing import Annotated, Any
+
+import click
+import typer
+
+from cel_dist.errors import CelError, RunError
+
+app = typer.Typer(
+    name="cel",
+    help="Speaker embeddings from unlabelled speech.",
+    no_args_is_help=True,
+    add_completion=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+corpus_app = typer.Typer(help="Make a corpus to work on.", no_args_is_help=True, rich_markup_mode=None)
+app.add_typer(corpus_app, name="corpus")
+
+JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object, and nothing else, on stdout.")]
+
+# Each module adds its commands to `app` when it is imported.
+_COMMAND_MODULES = ("corpus", "data", "train", "evaluate", "demo")
+
+
+def emit(result: dict[str, Any], text: str, *, as_json: bool) -> None:
+    """Print the outcome of a command on stdout: `result` as one JSON object, or `text` for people."""
+    print(json.dumps(result) if as_json else text)
+
+
+def run(arguments: list[str] | None = None) -> int:
+    """Run `cel` with `arguments` (default: those of the process) and return the exit code."""
+    logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(message)s")
+    for name in _COMMAND_MODULES:
+        importlib.import_module(f"cel_dist.cli.{name}")
+    try:
+        outcome = app(args=arguments, prog_name="cel", standalone_mode=False)
+        # click returns, rather than raises, the code of `typer.Exit` when it does not run stand-alone.
+        return outcome if isinstance(outcome, int) else 0
+    except click.exceptions.NoArgsIsHelpError as error:
+        print(error.format_message())
+        return 2
+    except CelError as error:
+        return _fail(str(error), 2)
+    except click.ClickException as error:
+        return _fail(error.format_message().replace("\n", " ") + " See 'cel --help'.", 2)
+    except RunError as error:
+        return _fail(str(error), 1)
+    except (KeyboardInterrupt, click.Abort):
+        return _fail("interrupted", 130)
+    except BrokenPipeError:
+        # The reader went away (`cel ... | head`): nothing is left to say, and nobody to say it to.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+def _fail(message: str, code: int) -> int:
+    print("error: " + message.replace("\n", " "), file=sys.stderr)
+    return code
+
+
+def main() -> None:
+    """Entry point of the installed script."""
+    sys.exit(run())

@@ -1,0 +1,315 @@
+"""The configuration of a run: typed, checked, and the only description of what can be set.
+
+A YAML file holds what differs from the defaults below; `key=value` overrides use the same dotted paths. Every field says
+what it does in its description, and combinations that cannot work are refused in one place, `Config.check_combinations`.
+"""
+
+import difflib
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from cel_dist.errors import CelError
+
+Range = tuple[float, float]
+Positive = Annotated[int, Field(gt=0)]
+
+
+class Section(BaseModel):
+    """A part of the configuration. Unknown keys are errors and values do not change after loading."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, validate_default=True)
+
+
+class RunSection(Section):
+    """Where a run lives and what it is called."""
+
+    dir: Path = Path("runs/cel")
+    """Folder of the run: configuration, metrics, checkpoints, best model and report. One folder, one run."""
+    name: str | None = None
+    """Name of the run in MLflow. Default: the name of its folder."""
+
+
+class DataSection(Section):
+    """The stream of segment pairs."""
+
+    shards: Path
+    """Folder written by `cel prepare`."""
+    bank: Path | None = None
+    """Noise and room bank written by `cel prepare --bank`; profiles above 0 need one."""
+    workers: Annotated[int, Field(ge=0)] = 1
+    """Reader processes per rank; 0 reads in the training process."""
+    short: Literal["drop", "overlap", "repeat"] = "drop"
+    """Utterances shorter than two segments: leave out, let their segments overlap, or repeat the audio until two fit."""
+    segment_frames: Annotated[int, Field(ge=16)] = 180
+    """Length of a segment in frames of 10 ms; 180 frames are 29 040 samples."""
+
+
+class AugmentSection(Section):
+    """Augmentation of both views, with the published ranges."""
+
+    profile: Literal[0, 1, 2, 3] = 3
+    """0 none, 1 noise, 2 a room for a quarter of the segments and noise for the others, 3 room and noise."""
+    noise_snr_db: Range = (0.0, 15.0)
+    """SNR of noises."""
+    speech_snr_db: Range = (13.0, 20.0)
+    """SNR of other voices."""
+    music_snr_db: Range = (5.0, 15.0)
+    """SNR of music."""
+    rir_gain_db: Range = (-7.0, 3.0)
+    """Gain g of a room response; its amplitude is multiplied by 10^(0.1 g), as published."""
+
+
+class EncoderSection(Section):
+    """The network from features to an embedding."""
+
+    name: str = "fast_resnet34"
+    """Registered name of the encoder."""
+    embedding_dim: Positive = 512
+    """Size D of the embedding."""
+    views: Literal["separate", "joint"] = "separate"
+    """One forward pass a view, so that batch-norm statistics are per view (published), or one joint pass."""
+    init: str | None = None
+    """A model (folder, checkpoint, published file or MLflow URI) whose encoder weights are the start."""
+
+
+class LossSection(Section):
+    """The equilibrium of a similarity loss and the uniformity loss."""
+
+    similarity: Literal["angular_prototypical", "angular_contrastive", "prototypical", "ge2e"] = "angular_prototypical"
+    """The loss that pulls the views of an utterance together."""
+    pairs: Literal["pon", "apn", "an"] = "pon"
+    """The pairs whose distance uniformity maximises: within a view, all, or all but the positives."""
+    t: Annotated[float, Field(gt=0)] = 2.0
+    """Temperature of the uniformity loss."""
+    lambda_s: Annotated[float, Field(ge=0)] = 1.0
+    """Weight of the similarity loss."""
+    lambda_u: Annotated[float, Field(ge=0)] = 1.0
+    """Weight of the uniformity loss."""
+
+
+class TrainSection(Section):
+    """How long, how large, how exact."""
+
+    batch_size: Annotated[int, Field(ge=2)] = 200
+    """Utterances in the global batch K, over all ranks."""
+    epochs: Positive = 500
+    """Passes over the data."""
+    max_steps: Positive | None = None
+    """Stop after this many steps even if epochs are left."""
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    """Seed of everything that is drawn: initial weights, order, segments, augmentation."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """Encoder arithmetic; bf16 is autocast, and features, loss and parameters stay fp32 in either case."""
+    threads: Positive | None = None
+    """CPU threads of a rank. Default: the cores of the machine divided by its ranks."""
+    log_every: Positive = 10
+    """Steps between two lines in the log, `metrics.jsonl` and MLflow."""
+
+
+class OptimSection(Section):
+    """Adam and its learning rate."""
+
+    lr: Annotated[float, Field(gt=0)] = 1e-3
+    """Peak learning rate."""
+    schedule: Literal["step", "cosine"] = "step"
+    """`step` multiplies by `decay` every `decay_epochs` (published); `cosine` falls to `min_lr` at the last step."""
+    decay: Annotated[float, Field(gt=0, le=1)] = 0.95
+    """Factor of the step schedule."""
+    decay_epochs: Positive = 10
+    """Epochs between two decays of the step schedule."""
+    warmup_steps: Annotated[int, Field(ge=0)] = 0
+    """Steps of linear warm-up before either schedule."""
+    min_lr: Annotated[float, Field(ge=0)] = 0.0
+    """Final learning rate of the cosine schedule."""
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    """Decoupled weight decay of the encoder; never applied to the loss parameters."""
+    clip_norm: Annotated[float, Field(ge=0)] = 0.0
+    """Gradient norm to clip to; 0 is off."""
+
+
+class EngineSection(Section):
+    """DeepSpeed."""
+
+    zero_stage: Literal[0, 1, 2, 3] = 0
+    """ZeRO stage: what is partitioned over the ranks (1 optimizer state, 2 gradients too, 3 parameters too)."""
+
+
+class CheckpointSection(Section):
+    """When a checkpoint is written and which are kept."""
+
+    every_steps: Positive = 1000
+    """Steps between two checkpoints; the last step always writes one."""
+    keep_last: Positive = 2
+    """Number of newest checkpoints to keep, besides the best one."""
+
+
+class EvalSection(Section):
+    """Validation during training; the list that chooses the model must not be the test list."""
+
+    trials: Path | None = None
+    """Trials file (`label enrol test`); without one the last model is the best."""
+    root: Path | None = None
+    """Folder to which the paths in the trials file are relative."""
+    every_epochs: Positive = 1
+    """Epochs between two evaluations; there is always one after the last step."""
+    at_start: bool = True
+    """Evaluate the untrained encoder too."""
+
+
+class TrackingSection(Section):
+    """MLflow."""
+
+    enabled: bool = True
+    """Record the run in MLflow; `metrics.jsonl` is written in either case."""
+    uri: str | None = None
+    """Tracking server or database. Default: $MLFLOW_TRACKING_URI, else `sqlite:///mlflow.db` in the current folder."""
+    experiment: str = "cel"
+    """Name of the experiment."""
+    register_as: str | None = None
+    """Register the best encoder under this model name when training ends."""
+
+
+class Config(Section):
+    """The whole configuration of a run."""
+
+    run: RunSection = RunSection()
+    data: DataSection
+    augment: AugmentSection = AugmentSection()
+    encoder: EncoderSection = EncoderSection()
+    loss: LossSection = LossSection()
+    train: TrainSection = TrainSection()
+    optim: OptimSection = OptimSection()
+    engine: EngineSection = EngineSection()
+    checkpoint: CheckpointSection = CheckpointSection()
+    eval: EvalSection = EvalSection()
+    tracking: TrackingSection = TrackingSection()
+
+    @model_validator(mode="after")
+    def check_combinations(self) -> "Config":
+        """Refuse what cannot work together, naming the field to change."""
+        if self.augment.profile > 0 and self.data.bank is None:
+            raise ValueError(
+                f"augment.profile={self.augment.profile} needs data.bank; write one with 'cel prepare SRC --bank --out "
+                "BANK' or set augment.profile=0"
+            )
+        for name in ("noise_snr_db", "speech_snr_db", "music_snr_db", "rir_gain_db"):
+            low, high = getattr(self.augment, name)
+            if low > high:
+                raise ValueError(f"augment.{name}=({low}, {high}) is empty; write the lower bound first")
+        if self.loss.lambda_s == 0 and self.loss.lambda_u == 0:
+            raise ValueError("loss.lambda_s and loss.lambda_u are both 0, so nothing is learned; raise one of them")
+        if self.optim.min_lr > self.optim.lr:
+            raise ValueError(f"optim.min_lr={self.optim.min_lr} is above optim.lr={self.optim.lr}; lower it")
+        if (self.eval.trials is None) != (self.eval.root is None):
+            raise ValueError("eval.trials and eval.root go together; set both or neither")
+        return self
+
+    @property
+    def segment_samples(self) -> int:
+        """Samples T of a segment: hop 160 a frame, and 240 for the rest of the last window."""
+        return self.data.segment_frames * 160 + 240
+
+
+def load_config(path: str | Path, overrides: Iterable[str] = ()) -> Config:
+    """Read a YAML file, apply `key=value` overrides and check the result.
+
+    Args:
+        path: the YAML file.
+        overrides: dotted assignments such as `train.batch_size=64`; values are YAML.
+
+    Raises:
+        CelError: the file is missing or not a mapping, an override is malformed, a key is unknown (the nearest valid one
+            is named), a value has the wrong type or range, or two settings exclude each other.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except OSError as error:
+        raise CelError(f"cannot read the configuration {path}: {error.strerror}; give the path of a YAML file") from None
+    try:
+        tree = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise CelError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
+    if tree is None:
+        tree = {}
+    if not isinstance(tree, dict):
+        raise CelError(f"{path} holds a {type(tree).__name__}, not sections of settings; see configs/ for examples")
+    for override in overrides:
+        _assign(tree, override)
+    return parse_config(tree, source=str(path))
+
+
+def parse_config(tree: Mapping[str, Any], source: str) -> Config:
+    """Check a nested mapping of settings; `source` names it in errors. Raises CelError as `load_config` does."""
+    try:
+        return Config.model_validate(tree)
+    except ValidationError as error:
+        problems = "; ".join(_describe(detail) for detail in error.errors()[:5])
+        raise CelError(f"configuration {source}: {problems}") from None
+
+
+def dump_config(config: Config) -> str:
+    """The resolved configuration as YAML that `load_config` reads back to an equal one.
+
+    >>> config = parse_config({"data": {"shards": "s"}, "augment": {"profile": 0}}, "example")
+    >>> parse_config(yaml.safe_load(dump_config(config)), "again") == config
+    True
+    """
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+
+
+def _assign(tree: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise CelError(f"override '{override}' is not of the form key=value, for example train.batch_size=64")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        value = text
+    *sections, leaf = key.split(".")
+    node = tree
+    for section in sections:
+        child = node.setdefault(section, {})
+        if child is None:
+            child = node[section] = {}
+        if not isinstance(child, dict):
+            raise CelError(f"override '{override}': '{section}' is a value, not a section")
+        node = child
+    node[leaf] = value
+
+
+def _describe(detail: Mapping[str, Any]) -> str:
+    location = [str(part) for part in detail["loc"]]
+    path = ".".join(location)
+    if detail["type"] == "extra_forbidden":
+        valid = [".".join([*location[:-1], name]) for name in _fields_at(location[:-1])]
+        nearest = difflib.get_close_matches(path, valid + _all_paths(), n=1, cutoff=0.0)
+        return f"unknown key '{path}'; did you mean '{nearest[0]}'?"
+    if detail["type"] == "missing":
+        return f"'{path}' is required; set it in the file or as an override"
+    if detail["type"] == "value_error":
+        return str(detail["ctx"]["error"])
+    return f"'{path}': {detail['msg'][0].lower()}{detail['msg'][1:]}, not {detail['input']!r}"
+
+
+def _fields_at(location: list[str]) -> list[str]:
+    model: type[BaseModel] = Config
+    for name in location:
+        field = model.model_fields.get(name)
+        if field is None or not (isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel)):
+            return []
+        model = field.annotation
+    return list(model.model_fields)
+
+
+def _all_paths() -> list[str]:
+    paths = []
+    for name, field in Config.model_fields.items():
+        candidates = [field.annotation, *get_args(field.annotation)]
+        for section in candidates:
+            if isinstance(section, type) and issubclass(section, BaseModel):
+                paths += [f"{name}.{leaf}" for leaf in section.model_fields]
+    return paths

@@ -1,0 +1,60 @@
+"""This process's place in the job, read from the environment that every launcher sets."""
+
+import os
+import socket
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from cel_dist.errors import CelError
+
+
+@dataclass(frozen=True)
+class World:
+    """Rank and size of the job and of this node.
+
+    >>> World.from_environment({"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"})
+    World(rank=3, size=4, local_rank=1, local_size=2)
+    >>> World.from_environment({})
+    World(rank=0, size=1, local_rank=0, local_size=1)
+    """
+
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0
+    local_size: int = 1
+
+    @classmethod
+    def from_environment(cls, environment: Mapping[str, str] = os.environ) -> "World":
+        """Read RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE (or LOCAL_SIZE); none of them means one process.
+
+        Raises:
+            CelError: some of the variables are there and others missing or not numbers.
+        """
+        if "WORLD_SIZE" not in environment:
+            return cls()
+        try:
+            rank, size, local_rank = (int(environment[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
+        except KeyError as error:
+            raise CelError(f"WORLD_SIZE is set but {error} is not; start through deepspeed or torchrun") from None
+        except ValueError as error:
+            raise CelError(f"RANK, WORLD_SIZE and LOCAL_RANK must be numbers ({error})") from None
+        local_size = int(environment.get("LOCAL_WORLD_SIZE") or environment.get("LOCAL_SIZE") or size)
+        return cls(rank, size, local_rank, local_size)
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this is rank 0, which alone writes records."""
+        return self.rank == 0
+
+    def rows(self, batch_size: int) -> slice:
+        """The rows of a global batch of `batch_size` utterances that this rank owns."""
+        share = batch_size // self.size
+        return slice(self.rank * share, (self.rank + 1) * share)
+
+
+def free_port() -> int:
+    """A TCP port of this machine that nobody listens on at this moment."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
