@@ -47,8 +47,17 @@ class World:
         return self.rank == 0
 
     def rows(self, batch_size: int) -> slice:
-        """The rows of a global batch of `batch_size` utterances that this rank owns."""
-        share = batch_size // self.size
+        """The rows of a global batch of `batch_size` utterances that this rank owns.
+
+        Raises:
+            CelError: the batch does not divide by the number of ranks; names the next one that does.
+        """
+        share, rest = divmod(batch_size, self.size)
+        if rest:
+            raise CelError(
+                f"train.batch_size={batch_size} does not divide by {self.size} ranks; the next that does is "
+                f"{(share + 1) * self.size}"
+            )
         return slice(self.rank * share, (self.rank + 1) * share)
 
 

@@ -1,0 +1,29 @@
+# PYTHON makes the virtual environment; to change it later, remove .venv first.
+PYTHON ?= python3
+export PYTHON
+
+BIN := .venv/bin
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test lint clean
+
+help: ## Show this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+install: ## Put everything into .venv; does nothing when that is done
+	@bash scripts/install.sh
+
+demo: install ## Train on the embedded corpus and write a report to demo/
+	$(BIN)/cel demo --out demo
+
+test: lint ## Check the style and the types, then run all tests
+	$(BIN)/pytest --durations=15
+
+lint: install ## Check formatting, style and types
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+clean: ## Remove caches and build outputs; keep .venv, runs and demo
+	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache
+	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +

@@ -1,0 +1,112 @@
+"""`cel prepare` and `cel check`: audio to shards and banks, and back to a list of faults."""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from cel_dist.cli.app import JsonOption, app, emit
+from cel_dist.cli.progress import progress_bar
+from cel_dist.errors import CelError
+
+# Options of shards that mean nothing for a bank.
+_SHARD_OPTIONS = ("list_file", "labels", "audio_format", "samples_per_shard", "seed", "min_seconds", "prefix")
+_FAULTS_SHOWN = 20
+
+
+@app.command(epilog="Example: cel prepare corpus/audio --list corpus/train.txt --out shards")
+def prepare(
+    context: typer.Context,
+    source: Annotated[Path, typer.Argument(metavar="SRC", help="Folder of WAV, FLAC, OGG, MP3 ... files.")],
+    out: Annotated[Path, typer.Option(help="Folder to write. An interrupted run into it is continued.")],
+    list_file: Annotated[
+        Path | None, typer.Option("--list", help="Take only the files named here, one path relative to SRC a line.")
+    ] = None,
+    labels: Annotated[
+        Path | None, typer.Option(help="Lines 'path speaker'; stored for fine-tuning, never read by self-supervision.")
+    ] = None,
+    audio_format: Annotated[
+        Literal["wav", "flac"], typer.Option("--format", help="wav is read faster, flac takes half the space.")
+    ] = "wav",
+    samples_per_shard: Annotated[int, typer.Option(help="Source files a shard.")] = 1000,
+    seed: Annotated[int, typer.Option(help="Seed of the order, which is shuffled once, globally.")] = 0,
+    workers: Annotated[int | None, typer.Option(help="Processes.", show_default="all cores")] = None,
+    min_seconds: Annotated[float, typer.Option(help="Reject files that are shorter.")] = 1.0,
+    prefix: Annotated[str, typer.Option(help="Shards are called PREFIX-000000.tar and so on.")] = "train",
+    bank: Annotated[
+        bool, typer.Option("--bank", help="Write a bank of noise, speech, music and rir folders instead of shards.")
+    ] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Turn a tree or list of audio files into shards to train on, or into a bank of noises and rooms."""
+    if bank:
+        from cel_dist.data.prepare_bank import prepare_bank
+
+        sources = {name: context.get_parameter_source(name) for name in _SHARD_OPTIONS}
+        # By name: the enumeration is click's own or the copy inside typer, depending on typer's version.
+        given = [name for name, how in sources.items() if how is not None and how.name == "COMMANDLINE"]
+        if given:
+            flag = {"list_file": "list", "audio_format": "format"}.get(given[0], given[0].replace("_", "-"))
+            raise CelError(f"--{flag} is for shards and does not go with --bank; leave out one of them")
+        with progress_bar("Reading clips") as progress:
+            clips = prepare_bank(source, out, workers=workers, progress=progress)
+        kinds = ", ".join(f"{number} {category}" for category, number in clips.clips.items())
+        summary = {
+            "samples": sum(clips.clips.values()),
+            "shards": 0,
+            "clips": clips.clips,
+            "skipped": clips.skipped,
+            "rejected": clips.rejected,
+            "rejects": str(clips.rejects),
+        }
+        emit(summary, f"bank {out}: {kinds}; {clips.rejected} files rejected ({clips.rejects})", as_json=as_json)
+        return
+
+    from cel_dist.data.prepare import prepare as prepare_shards
+
+    with progress_bar("Preparing") as progress:
+        result = prepare_shards(
+            source,
+            out,
+            list_file=list_file,
+            labels=labels,
+            audio_format=audio_format,
+            samples_per_shard=samples_per_shard,
+            seed=seed,
+            workers=workers,
+            min_seconds=min_seconds,
+            prefix=prefix,
+            progress=progress,
+        )
+    summary = {
+        "samples": result.samples,
+        "shards": result.shards,
+        "rejected": result.rejected,
+        "rejects": str(result.rejects),
+    }
+    text = f"{out}: {result.samples} utterances in {result.shards} shards; {result.rejected} files rejected"
+    emit(summary, f"{text} ({result.rejects})", as_json=as_json)
+
+
+@app.command(epilog="Example: cel check shards")
+def check(
+    folder: Annotated[
+        Path, typer.Argument(metavar="SHARDS", help="Folder that 'cel prepare' wrote: shards or a bank.")
+    ],
+    workers: Annotated[int | None, typer.Option(help="Processes.", show_default="all cores")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Verify counts, checksums and audio of a folder of shards or a bank; exit 1 if there is any fault."""
+    from cel_dist.data.check import check as find_faults
+
+    with progress_bar("Checking") as progress:
+        faults = find_faults(folder, workers=workers, progress=progress)
+    lines = [str(fault) for fault in faults[:_FAULTS_SHOWN]]
+    if len(faults) > _FAULTS_SHOWN:
+        lines.append(f"... and {len(faults) - _FAULTS_SHOWN} more; --json lists all")
+    if faults:
+        lines.append(f"{len(faults)} faults; delete the files named and run the same 'cel prepare' again")
+    summary = {"ok": not faults, "faults": [fault._asdict() for fault in faults]}
+    emit(summary, "\n".join(lines) or f"{folder} is whole", as_json=as_json)
+    if faults:
+        raise typer.Exit(code=1)

@@ -1,0 +1,112 @@
+"""The tar of a shard, read without trust: whatever tar readers pass over in silence is a fault here."""
+
+import json
+import os
+import tarfile
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from cel_dist.data.audio import SAMPLE_RATE
+
+_BLOCK = tarfile.BLOCKSIZE
+
+
+class ShardFaultError(Exception):
+    """A shard that is not a whole tar of samples; the message says what and at which byte, not in which shard."""
+
+
+class Member(NamedTuple):
+    """One member of a tar: its name, the first byte of its data and how many there are."""
+
+    name: str
+    offset: int
+    size: int
+
+
+def members(descriptor: int) -> Iterator[Member]:
+    """Walk the members of an uncompressed tar, noticing whatever the tar readers pass over in silence.
+
+    Args:
+        descriptor: an open file.
+
+    Raises:
+        ShardFaultError: the archive is cut (in a header, in a member, before the end-of-archive mark), a header is
+            damaged, or a member is not a plain file.
+    """
+    total = os.fstat(descriptor).st_size
+    position = 0
+    while True:
+        header = os.pread(descriptor, _BLOCK, position)
+        if not header:
+            raise ShardFaultError(f"cut at byte {position}: no end-of-archive mark")
+        if len(header) < _BLOCK:
+            raise ShardFaultError(f"cut in the header at byte {position}")
+        if not any(header):
+            break
+        try:
+            info = tarfile.TarInfo.frombuf(header, "utf-8", "surrogateescape")
+        except tarfile.HeaderError as error:
+            raise ShardFaultError(f"damaged header at byte {position} ({error})") from None
+        if not info.isreg():
+            raise ShardFaultError(f"member {info.name!r} at byte {position} is not a plain file")
+        offset = position + _BLOCK
+        if offset + info.size > total:
+            raise ShardFaultError(
+                f"cut in member {info.name!r} at byte {total}, {offset + info.size - total} bytes short"
+            )
+        yield Member(info.name, offset, info.size)
+        position = offset + -(-info.size // _BLOCK) * _BLOCK
+    end = position
+    while block := os.pread(descriptor, 1 << 16, end):
+        if any(block):
+            raise ShardFaultError(f"data after the end-of-archive mark at byte {position}")
+        end += len(block)
+    if end - position < 2 * _BLOCK:
+        raise ShardFaultError(f"cut in the end-of-archive mark at byte {total}")
+
+
+class Entry(NamedTuple):
+    """One sample found in a shard."""
+
+    key: str
+    audio_format: str
+    audio: Member
+    samples: int
+    """Length that the sample's JSON states."""
+
+
+def entries(descriptor: int) -> Iterator[Entry]:
+    """Walk the samples of a shard: two members each, `KEY.json` and `KEY.wav` or `KEY.flac`, beside each other.
+
+    Raises:
+        ShardFaultError: as `members` does, or the members do not pair up, or a JSON does not state the seconds.
+    """
+    pending: dict[str, Member] = {}
+    key = ""
+    for member in members(descriptor):
+        stem, _, suffix = member.name.partition(".")
+        if pending and stem != key:
+            raise ShardFaultError(f"sample {key} has no {'audio' if 'json' in pending else 'json'} member")
+        if suffix not in ("json", "wav", "flac"):
+            raise ShardFaultError(f"member {member.name!r} is not KEY.json, KEY.wav or KEY.flac")
+        if suffix in pending:
+            raise ShardFaultError(f"member {member.name!r} is there twice")
+        key = stem
+        pending[suffix] = member
+        if len(pending) == 2:
+            if "json" not in pending:
+                raise ShardFaultError(f"sample {key} has two audio members and no json")
+            text = pending.pop("json")
+            ((audio_format, audio),) = pending.items()
+            yield Entry(key, audio_format, audio, _stated_samples(descriptor, text))
+            pending = {}
+    if pending:
+        raise ShardFaultError(f"sample {key} has no {'audio' if 'json' in pending else 'json'} member")
+
+
+def _stated_samples(descriptor: int, member: Member) -> int:
+    try:
+        seconds: float = json.loads(os.pread(descriptor, member.size, member.offset))["seconds"]
+        return round(seconds * SAMPLE_RATE)
+    except (ValueError, KeyError, TypeError, OverflowError):
+        raise ShardFaultError(f"{member.name} does not state 'seconds'") from None

@@ -1,0 +1,88 @@
+"""Files that are whole or absent: atomic replacement, one writer a folder, and what a failed write becomes."""
+
+import fcntl
+import hashlib
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO
+
+from cel_dist.errors import CelError, RunError
+
+_CHUNK_BYTES = 1 << 20
+
+
+@contextmanager
+def atomic_write(path: Path) -> Iterator[IO[bytes]]:
+    """A binary file that appears as `path`, complete and on disk, when the block ends, and not at all if it raises.
+
+    The temporary file is `.NAME.PID.tmp` in the same folder; only a killed process leaves one behind.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    _sync_folder(path.parent)
+
+
+def leftovers(folder: Path) -> list[Path]:
+    """Temporary files of `atomic_write` that a killed process left in `folder`."""
+    return sorted(folder.glob(".*.tmp"))
+
+
+@contextmanager
+def sole_writer(folder: Path) -> Iterator[None]:
+    """Hold the folder's lock, so that two runs never write into it at once. The system frees it when the process ends.
+
+    Raises:
+        RunError: another process holds the lock.
+    """
+    with open(folder / ".lock", "wb") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise RunError(f"another 'cel prepare' is writing {folder}; wait for it to end, then run again") from None
+        yield
+
+
+@contextmanager
+def writing_into(folder: Path) -> Iterator[None]:
+    """Turn a full disk, a quota or a refused permission within the block into a RunError that says how to go on."""
+    try:
+        yield
+    except OSError as error:
+        raise RunError(
+            f"cannot write {folder}: {(error.strerror or str(error)).lower()}; nothing half-written is left, put that "
+            "right and run the same command again, it continues where it stopped"
+        ) from None
+
+
+def require_folder_or_nothing(out: Path) -> None:
+    """Raise CelError if `out` is there and is not a folder."""
+    if out.exists() and not out.is_dir():
+        raise CelError(f"{out} is a file; give a folder to write into")
+
+
+def sha256_of(path: Path) -> str:
+    """SHA-256 of the file's bytes in hexadecimal."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while chunk := file.read(_CHUNK_BYTES):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _sync_folder(folder: Path) -> None:
+    # A rename survives a power cut only once the folder itself is on disk.
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

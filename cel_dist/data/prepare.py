@@ -1,0 +1,355 @@
+"""Audio tree to shards: shuffled globally once, cut into independent jobs, restartable at any point.
+
+The permutation of all source files is drawn first, and shard i takes positions i * n to (i + 1) * n of it. A file that
+is rejected leaves its position empty, so what a shard holds never depends on another shard, on the number of workers or
+on an interruption. A shard whose files were all rejected is not written, and its number stays unused.
+"""
+
+import hashlib
+import json
+import logging
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import closing
+from dataclasses import asdict, dataclass
+from itertools import chain
+from pathlib import Path
+
+import numpy as np
+
+from cel_dist.data.audio import SAMPLE_RATE, AudioFormat, encode_audio
+from cel_dist.data.bank import BANK_NAME
+from cel_dist.data.files import atomic_write, leftovers, require_folder_or_nothing, sole_writer, writing_into
+from cel_dist.data.pool import run_jobs
+from cel_dist.data.rejects import REJECTS_NAME, Progress, Reject, read_usable, write_rejects
+from cel_dist.data.shards import (
+    MANIFEST_NAME,
+    Index,
+    Manifest,
+    ShardFolder,
+    ShardRecord,
+    ShardRows,
+    Utterance,
+    write_shard,
+)
+from cel_dist.data.sources import find_audio, read_labels, read_list
+from cel_dist.errors import CelError
+
+STATE_NAME = ".prepare"
+JOB_NAME = "job.json"
+# Two segments of 180 frames, the published length: what `data.short` of the configuration decides about.
+TWO_SEGMENTS = 2 * (180 * 160 + 240)
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class PrepareResult:
+    """What a preparation left behind: numbers of samples, shards and rejected files, and the table of the latter."""
+
+    samples: int
+    shards: int
+    rejected: int
+    rejects: Path
+
+
+@dataclass(frozen=True)
+class JobDescription:
+    """Everything that the bytes of a folder of shards depend on."""
+
+    source: str
+    sources_sha256: str
+    audio_format: AudioFormat
+    samples_per_shard: int
+    seed: int
+    min_seconds: float
+    prefix: str
+
+    @property
+    def fingerprint(self) -> str:
+        """A digest that two descriptions share only if they are equal."""
+        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class ShardJob:
+    """One shard to write; holds all that `build_shard` needs, so that any process or machine can do it."""
+
+    source: Path
+    out: Path
+    name: str
+    first: int
+    """Position of the first file in the shuffled order."""
+    paths: tuple[str, ...]
+    speakers: tuple[str, ...] | None
+    audio_format: AudioFormat
+    min_samples: int
+    fingerprint: str
+
+
+@dataclass(frozen=True)
+class ShardOutcome:
+    """A finished shard; `record` is None if every file was rejected and there is none."""
+
+    record: ShardRecord | None
+    rows: ShardRows
+    rejects: tuple[Reject, ...]
+
+    def save(self, path: Path, fingerprint: str) -> None:
+        """Write `OUT/.prepare/NAME.json`, so that a rerun of the job with this fingerprint need not do it again."""
+        record = None if self.record is None else self.record.model_dump()
+        rows = [column.tolist() for column in (self.rows.offset, self.rows.size, self.rows.samples)]
+        state = {"fingerprint": fingerprint, "record": record, "rows": rows, "rejects": self.rejects}
+        with atomic_write(path) as file:
+            file.write(json.dumps(state).encode())
+
+    @classmethod
+    def load(cls, path: Path, fingerprint: str) -> "ShardOutcome | None":
+        """Read what `save` wrote; None if that was not done, or for another job."""
+        try:
+            state = json.loads(path.read_bytes())
+            if state["fingerprint"] != fingerprint:
+                return None
+            record = None if state["record"] is None else ShardRecord.model_validate(state["record"])
+            rows = ShardRows(*(np.array(column, np.int64) for column in state["rows"]))
+            return cls(record, rows, tuple(Reject(*fields) for fields in state["rejects"]))
+        except (FileNotFoundError, ValueError, KeyError, TypeError):
+            return None
+
+
+def prepare(
+    source: str | Path,
+    out: str | Path,
+    *,
+    list_file: str | Path | None = None,
+    labels: str | Path | None = None,
+    audio_format: AudioFormat = "wav",
+    samples_per_shard: int = 1000,
+    seed: int = 0,
+    workers: int | None = None,
+    min_seconds: float = 1.0,
+    prefix: str = "train",
+    progress: Progress | None = None,
+) -> PrepareResult:
+    """Write the audio files of a tree or list as 16 kHz mono shards in globally shuffled order.
+
+    Files that cannot be used never stop the run: `rejects.tsv` names each with a reason. An interrupted run is
+    continued by the same call; the bytes are those of an uninterrupted one, for any number of workers. Shards that are
+    there with the right size are not looked into: to have one written again, delete it.
+
+    Args:
+        source: folder of the audio. Paths in lists, labels, samples and rejects are relative to it.
+        out: folder to write; it must not hold shards of another preparation.
+        list_file: names the files to take, one a line. Default: every audio file below `source`.
+        labels: lines `path speaker`; the speaker is stored with the sample and read by fine-tuning only.
+        audio_format: `wav` decodes some 250 times faster when segments are read, `flac` takes about half the space.
+        samples_per_shard: source files a shard.
+        seed: seed of the order.
+        workers: processes; default: the cores that this process may use.
+        min_seconds: shorter files are rejected.
+        prefix: shards are called `PREFIX-%06d.tar`.
+        progress: called with the number of files done and in all.
+
+    Raises:
+        CelError: source, list, labels or an option cannot be used; `out` holds something else; all files were rejected.
+        RunError: the disk is full, a worker was killed, or another run is writing `out`.
+    """
+    source, out = Path(source), Path(out)
+    _check_options(samples_per_shard, seed, workers, min_seconds, prefix)
+    require_folder_or_nothing(out)
+    paths = find_audio(source) if list_file is None else read_list(Path(list_file), source)
+    speakers = None if labels is None else read_labels(Path(labels), paths)
+    description = JobDescription(
+        str(source.resolve()), _digest(paths, speakers), audio_format, samples_per_shard, seed, min_seconds, prefix
+    )
+    with writing_into(out):
+        out.mkdir(parents=True, exist_ok=True)
+        with sole_writer(out):
+            _claim(out, description)
+            finished = _finished(out)
+            if finished is not None:
+                logger.info(
+                    "%s is already complete: %d utterances in %d shards", out, finished.samples, finished.shards
+                )
+                return finished
+            jobs = _shard_jobs(source, out, paths, speakers, description)
+            outcomes = _run(jobs, len(paths), workers, progress)
+            return _finalise(out, description, outcomes)
+
+
+def _check_options(samples_per_shard: int, seed: int, workers: int | None, min_seconds: float, prefix: str) -> None:
+    if samples_per_shard < 1:
+        raise CelError(f"samples per shard must be at least 1, not {samples_per_shard}; 1000 is a good number")
+    if seed < 0:
+        raise CelError(f"the seed must not be negative, {seed} is; give 0 or more")
+    if workers is not None and workers < 1:
+        raise CelError(f"the number of workers must be at least 1, not {workers}; leave it out for all cores")
+    if not 0 <= min_seconds < float("inf"):
+        raise CelError(f"the shortest length must be 0 seconds or more, not {min_seconds}; 1 is a good number")
+    if not prefix or set(prefix) & set("/.\0"):
+        raise CelError(f"the prefix '{prefix}' cannot begin the name of a shard; use letters, digits, - and _")
+
+
+def _digest(paths: Sequence[str], speakers: Sequence[str] | None) -> str:
+    digest = hashlib.sha256()
+    for pair in zip(paths, speakers, strict=True) if speakers is not None else zip(paths):
+        digest.update("\0".join(pair).encode("utf-8", "surrogateescape") + b"\n")
+    return digest.hexdigest()
+
+
+def _claim(out: Path, description: JobDescription) -> None:
+    """Make `out` this job's folder, or find that it already is; clear what a killed run left half-written."""
+    state = out / STATE_NAME
+    now = asdict(description)
+    try:
+        before = json.loads((state / JOB_NAME).read_bytes())
+    except FileNotFoundError:
+        before = {}
+    if before != now:
+        written = next(chain(out.glob("*.tar"), out.glob(MANIFEST_NAME), out.glob(BANK_NAME)), None)
+        if written is not None:
+            raise CelError(f"{out} holds {written.name}, {_difference(before, now)}; give another folder or empty it")
+        state.mkdir(exist_ok=True)
+        with atomic_write(state / JOB_NAME) as file:
+            file.write(json.dumps(now, indent=1).encode())
+    for path in leftovers(out) + leftovers(state):
+        path.unlink()
+
+
+def _difference(before: dict[str, object], now: dict[str, object]) -> str:
+    if not before:
+        return "which is not of this preparation"
+    different = [
+        "other files or speakers" if key == "sources_sha256" else f"{key} {before.get(key)}, not {now[key]}"
+        for key in now
+        if before.get(key) != now[key]
+    ]
+    return f"of another preparation ({', '.join(different)})"
+
+
+def _finished(out: Path) -> PrepareResult | None:
+    try:
+        manifest = ShardFolder.open(out).manifest
+    except CelError:
+        return None
+    return PrepareResult(manifest.samples, len(manifest.shards), manifest.rejected, out / REJECTS_NAME)
+
+
+def _shard_jobs(
+    source: Path, out: Path, paths: Sequence[str], speakers: Sequence[str] | None, description: JobDescription
+) -> list[ShardJob]:
+    order = np.random.default_rng(description.seed).permutation(len(paths))
+    jobs = []
+    for number, first in enumerate(range(0, len(paths), description.samples_per_shard)):
+        chosen = order[first : first + description.samples_per_shard].tolist()
+        jobs.append(
+            ShardJob(
+                source=source,
+                out=out,
+                name=f"{description.prefix}-{number:06d}.tar",
+                first=first,
+                paths=tuple(paths[place] for place in chosen),
+                speakers=None if speakers is None else tuple(speakers[place] for place in chosen),
+                audio_format=description.audio_format,
+                min_samples=round(description.min_seconds * SAMPLE_RATE),
+                fingerprint=description.fingerprint,
+            )
+        )
+    return jobs
+
+
+def _run(
+    jobs: Sequence[ShardJob], num_files: int, workers: int | None, progress: Progress | None
+) -> list[ShardOutcome]:
+    outcomes = {job.name: outcome for job in jobs if (outcome := _earlier_outcome(job)) is not None}
+    missing = [job for job in jobs if job.name not in outcomes]
+    done = sum(len(job.paths) for job in jobs if job.name in outcomes)
+    if outcomes:
+        logger.info("continuing: %d of %d shards are there", len(outcomes), len(jobs))
+    if progress is not None:
+        progress(done, num_files)
+    with closing(run_jobs(build_shard, missing, len(missing), workers)) as results:
+        for job, outcome in zip(missing, results, strict=True):
+            outcomes[job.name] = outcome
+            done += len(job.paths)
+            if progress is not None:
+                progress(done, num_files)
+    return [outcomes[job.name] for job in jobs]
+
+
+def _outcome_path(job: ShardJob) -> Path:
+    return job.out / STATE_NAME / f"{job.name}.json"
+
+
+def _earlier_outcome(job: ShardJob) -> ShardOutcome | None:
+    outcome = ShardOutcome.load(_outcome_path(job), job.fingerprint)
+    if outcome is not None and outcome.record is not None:
+        try:
+            if (job.out / job.name).stat().st_size != outcome.record.bytes:
+                return None
+        except FileNotFoundError:
+            return None
+    return outcome
+
+
+def build_shard(job: ShardJob) -> ShardOutcome:
+    """Decode the files of a job, write its shard and the record that it is finished.
+
+    Raises:
+        OSError: the shard could not be written; nothing of it is left.
+    """
+    rejects: list[Reject] = []
+    utterances = _usable_utterances(job, rejects)
+    first = next(utterances, None)
+    if first is None:
+        record, rows = None, ShardRows(*(np.zeros(0, np.int64) for _ in range(3)))
+    else:
+        record, rows = write_shard(job.out / job.name, chain([first], utterances), job.audio_format)
+    outcome = ShardOutcome(record, rows, tuple(rejects))
+    outcome.save(_outcome_path(job), job.fingerprint)
+    return outcome
+
+
+def _usable_utterances(job: ShardJob, rejects: list[Reject]) -> Iterator[Utterance]:
+    for number, path in enumerate(job.paths):
+        samples = read_usable(job.source, path, job.min_samples)
+        if isinstance(samples, Reject):
+            rejects.append(samples)
+            continue
+        speaker = None if job.speakers is None else job.speakers[number]
+        audio = encode_audio(samples, job.audio_format)
+        yield Utterance(f"{job.first + number:09d}", audio, len(samples), path, speaker)
+
+
+def _finalise(out: Path, description: JobDescription, outcomes: Sequence[ShardOutcome]) -> PrepareResult:
+    rejects = [reject for outcome in outcomes for reject in outcome.rejects]
+    table = write_rejects(out, rejects)
+    written = [(outcome.record, outcome.rows) for outcome in outcomes if outcome.record is not None]
+    if not written:
+        # Nothing to continue from: once the files are repaired, the same command starts afresh.
+        shutil.rmtree(out / STATE_NAME)
+        raise CelError(f"all {len(rejects)} audio files were rejected; {table} names the reason for each")
+    records = tuple(record for record, _ in written)
+    index = Index.from_shards([rows for _, rows in written])
+    index.save(out)
+    manifest = Manifest(
+        seed=description.seed,
+        sample_rate=SAMPLE_RATE,
+        audio_format=description.audio_format,
+        samples=len(index),
+        seconds=int(index.samples.sum()) / SAMPLE_RATE,
+        rejected=len(rejects),
+        shards=records,
+    )
+    manifest.save(out)
+    logger.info("%d utterances, %.2f h, in %d shards", len(index), manifest.seconds / 3600, len(records))
+    if rejects:
+        logger.warning("%d files were rejected; %s names the reason for each", len(rejects), table)
+    short = int((index.samples < TWO_SEGMENTS).sum())
+    if short:
+        logger.info(
+            "%d utterances are shorter than two segments of 180 frames (%.2f s); data.short says what happens to them",
+            short,
+            TWO_SEGMENTS / SAMPLE_RATE,
+        )
+    return PrepareResult(len(index), len(records), len(rejects), table)

@@ -1,0 +1,188 @@
+"""DeepSpeed: the process group, the engine around the objective, and what is asked of it during training."""
+
+import logging
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from cel_dist.config import Config
+from cel_dist.distributed import World, free_port
+from cel_dist.errors import CelError, RunError
+
+
+def start_process_group(world: World) -> torch.device:
+    """Join the process group of the job and return this rank's device.
+
+    NCCL on CUDA machines, gloo elsewhere. One process without a launcher forms a group of its own.
+
+    Raises:
+        CelError: the master's port is taken or nobody answers there.
+    """
+    device = torch.device("cuda", world.local_rank) if torch.cuda.is_available() else torch.device("cpu")
+    # DeepSpeed reads its accelerator when it is imported, and warns on machines that have none.
+    os.environ.setdefault("DS_ACCELERATOR", device.type)
+    os.environ.setdefault("RANK", str(world.rank))
+    os.environ.setdefault("WORLD_SIZE", str(world.size))
+    os.environ.setdefault("LOCAL_RANK", str(world.local_rank))
+    if world.size == 1:
+        os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
+        os.environ.setdefault("MASTER_PORT", str(free_port()))
+    import deepspeed
+
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    # Left alone, DeepSpeed compiles a shared-memory all-reduce for a minute when it first starts on a CPU. Gloo has one.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    try:
+        deepspeed.init_distributed(dist_backend="nccl" if device.type == "cuda" else "gloo", verbose=False)
+    except dist.DistNetworkError as error:
+        where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+        if "EADDRINUSE" in str(error) or "address already in use" in str(error).lower():
+            raise CelError(f"port {where} is in use; choose another one (MASTER_PORT, or --master_port)") from None
+        raise CelError(f"no connection to the main process at {where}: {str(error).splitlines()[0]}") from None
+    return device
+
+
+def stop_process_group() -> None:
+    """Leave the process group, if there is one."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+class Engine:
+    """The objective, wrapped by DeepSpeed, with Adam in two parameter groups: encoder and loss.
+
+    Args:
+        objective: module with submodules `encoder` and `loss`; its forward returns what the loss returns.
+        config: the run's configuration.
+        world: this process's place in the job.
+        device: where to compute.
+    """
+
+    def __init__(self, objective: nn.Module, config: Config, world: World, device: torch.device) -> None:
+        import deepspeed
+
+        self._world = world
+        self._stage = config.engine.zero_stage
+        encoder = list(objective.get_submodule("encoder").parameters())
+        loss = list(objective.get_submodule("loss").parameters())
+        groups: list[dict[str, Any]] = [{"params": encoder, "weight_decay": config.optim.weight_decay}]
+        if loss:
+            # Decay would pull w towards 0, which has nothing to do with how complex the encoder is.
+            groups.append({"params": loss, "weight_decay": 0.0})
+        # A DeepSpeed optimizer would compile a kernel for over a minute on a CPU.
+        optimizer = torch.optim.AdamW(groups, lr=config.optim.lr)
+        self._engine, *_ = deepspeed.initialize(
+            model=objective.to(device), optimizer=optimizer, config=deepspeed_settings(config, world)
+        )
+
+    @property
+    def objective(self) -> nn.Module:
+        """The module inside the engine. Under ZeRO-3 its parameters are empty outside forward."""
+        module: nn.Module = self._engine.module
+        return module
+
+    def forward(self, features: Tensor) -> Any:
+        """Run the objective on features [B, V, 40, F] in training mode."""
+        self._engine.train()
+        return self._engine(features)
+
+    def backward(self, loss: Tensor) -> None:
+        """Compute gradients and average them over the ranks."""
+        self._engine.backward(loss)
+
+    def gradient_norm(self) -> Tensor:
+        """Norm of the averaged gradient over all parameters, a scalar that is the same on all ranks, before clipping."""
+        gradients = self._gradients()
+        total = torch.stack([gradient.float().square().sum() for gradient in gradients]).sum()
+        if self._stage > 0:
+            # From stage 1 on a rank holds the averaged gradient of its partition only.
+            dist.all_reduce(total)
+        return total.sqrt()
+
+    def step(self, learning_rate: float) -> None:
+        """Clip if configured, update the parameters, and keep the loss parameters in their range."""
+        for group in self._engine.optimizer.param_groups:
+            group["lr"] = learning_rate
+        self._engine.step()
+        with self._whole(self.objective.get_submodule("loss"), write=True):
+            self.objective.get_submodule("loss").clamp_scale()  # type: ignore[operator]
+
+    def synchronise_buffers(self) -> None:
+        """Replace batch-norm statistics by their mean over the ranks, because an engine never does and saves rank 0's."""
+        if self._world.size == 1:
+            return
+        buffers = [buffer for buffer in self.objective.buffers() if buffer.is_floating_point()]
+        packed = torch.cat([buffer.reshape(-1) for buffer in buffers])
+        dist.all_reduce(packed)
+        packed /= self._world.size
+        for buffer, mean in zip(buffers, packed.split([buffer.numel() for buffer in buffers]), strict=True):
+            buffer.copy_(mean.view_as(buffer))
+
+    def encoder_state(self) -> dict[str, Tensor]:
+        """The encoder's whole state dict on the CPU, on every rank."""
+        self.synchronise_buffers()
+        encoder = self.objective.get_submodule("encoder")
+        with self._whole(encoder):
+            return {name: tensor.detach().to("cpu", copy=True) for name, tensor in encoder.state_dict().items()}
+
+    def loss_scalars(self) -> dict[str, float]:
+        """The loss's learnable scalars by name (w, b)."""
+        loss = self.objective.get_submodule("loss")
+        with self._whole(loss):
+            return {name: float(parameter) for name, parameter in loss.named_parameters()}
+
+    def save(self, folder: Path) -> None:
+        """Write engine and optimizer state into `folder`; every rank calls this."""
+        self.synchronise_buffers()
+        self._engine.save_checkpoint(str(folder), tag="engine", save_latest=False)
+
+    def load(self, folder: Path) -> None:
+        """Read what `save` wrote.
+
+        Raises:
+            RunError: files are missing or damaged.
+        """
+        try:
+            path, _ = self._engine.load_checkpoint(str(folder), tag="engine")
+        except (OSError, RuntimeError, ValueError, EOFError, KeyError) as error:
+            raise RunError(f"checkpoint {folder} cannot be read: {' '.join(str(error).split())[:300]}") from error
+        if path is None:
+            raise RunError(f"checkpoint {folder} holds no engine state")
+
+    def _gradients(self) -> list[Tensor]:
+        if self._stage == 0:
+            return [parameter.grad for parameter in self.objective.parameters() if parameter.grad is not None]
+        by_group = self._engine.optimizer.averaged_gradients
+        return [gradient for group in by_group.values() if group is not None for gradient in group]
+
+    def _whole(self, module: nn.Module, write: bool = False) -> Any:
+        import deepspeed
+
+        # All ranks compute the same value, so the one of rank 0 stands for all when something was written.
+        return deepspeed.zero.GatheredParameters(
+            list(module.parameters()), modifier_rank=0 if write else None, enabled=self._stage == 3
+        )
+
+
+def deepspeed_settings(config: Config, world: World) -> dict[str, Any]:
+    """The DeepSpeed configuration that belongs to a run."""
+    settings: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": config.train.batch_size // world.size,
+        "gradient_accumulation_steps": 1,
+        # DeepSpeed clips at 1.0 unless told otherwise.
+        "gradient_clipping": config.optim.clip_norm,
+        "zero_optimization": {"stage": config.engine.zero_stage},
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "steps_per_print": None,
+    }
+    if config.train.precision == "bf16":
+        # `bf16` would cast the parameters too: w would then move in steps of 1/16 and batch norm would break on a CPU.
+        settings["torch_autocast"] = {"enabled": True, "dtype": "bfloat16"}
+    return settings

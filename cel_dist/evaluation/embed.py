@@ -1,0 +1,179 @@
+"""Embeddings of many files, each once, shared out over the ranks."""
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TypeAlias
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from numpy.typing import NDArray
+
+from cel_dist.data.audio import AUDIO_SUFFIXES
+from cel_dist.data.files import atomic_write
+from cel_dist.distributed import World
+from cel_dist.errors import CelError, RunError
+from cel_dist.model import SpeakerModel
+
+Progress: TypeAlias = Callable[[int, int], None]
+"""Called with the utterances done and to do, both of this rank."""
+
+
+def embed_files(
+    model: SpeakerModel,
+    root: str | os.PathLike[str],
+    files: Sequence[str],
+    *,
+    frames: int = 0,
+    windows: int = 10,
+    world: World | None = None,
+    progress: Progress | None = None,
+) -> NDArray[np.float32]:
+    """Unit embeddings of `files`, the same on every rank and the same for every number of ranks.
+
+    Every utterance is embedded by one rank. The longest come first, dealt out in turn, so that ranks finish together.
+    With more than one rank the default process group must be running, and every rank must call this.
+
+    Args:
+        model: on this rank's device.
+        root: folder to which `files` are relative.
+        files: unique paths.
+        frames: 0 for whole utterances, else the frames of a window.
+        windows: windows an utterance; without effect on whole utterances.
+        world: this rank's place in the job. Default: one process.
+        progress: told after each utterance.
+
+    Returns:
+        float32 [N, D] for whole utterances, [N, windows, D] for windows, in the order of `files`.
+
+    Raises:
+        CelError: files are missing (how many and the first), or one cannot be embedded. All ranks raise.
+        RunError: the encoder's output is not finite, or another rank failed while running. All ranks raise.
+    """
+    world = world or World()
+    with raised_together(world):
+        sizes = _sizes(Path(root), files)
+    # Compressed bytes stand in for the length: reading every header would cost as much as it saves.
+    order = np.argsort(-sizes, kind="stable")
+    if world.size > 1:
+        # Nodes may hold differently encoded copies; only one order must count.
+        order = _from_main(order, model.device)
+    mine = order[world.rank :: world.size]
+    shape = (windows, model.description.encoder.embedding_dim) if frames else (model.description.encoder.embedding_dim,)
+    # Ranks differ by at most one utterance; equal shapes let one collective carry all of them.
+    share = -(-len(files) // world.size)
+    rows = np.zeros((share, *shape), np.float32)
+    with raised_together(world):
+        for done, index in enumerate(mine):
+            path = Path(root) / files[index]
+            rows[done] = model.embed_windows(path, frames, windows) if frames else model.embed(path)
+            if progress:
+                progress(done + 1, len(mine))
+    dealt = rows[None] if world.size == 1 else _from_all(rows, world, model.device)
+    embeddings = np.empty((len(files), *shape), np.float32)
+    for rank in range(world.size):
+        places = order[rank :: world.size]
+        embeddings[places] = dealt[rank, : len(places)]
+    return embeddings
+
+
+def write_embeddings(
+    model: SpeakerModel,
+    paths: Sequence[str | os.PathLike[str]],
+    out: str | os.PathLike[str],
+    *,
+    progress: Progress | None = None,
+) -> list[str]:
+    """Embed audio files and all audio below folders, and write `names` [N] and `embeddings` float32 [N, D] as NPZ.
+
+    Args:
+        model: any model.
+        paths: audio files and folders. Names are paths as given; for a folder, it joined with what lies below, sorted.
+        out: the NPZ file, written in one step.
+        progress: told after each utterance.
+
+    Returns:
+        The names, in the order of the rows.
+
+    Raises:
+        CelError: a path is missing, a folder holds no audio, or a file cannot be embedded.
+        RunError: `out` cannot be written.
+    """
+    names = list(dict.fromkeys(name for path in paths for name in _audio_below(Path(path))))
+    out = Path(out)
+    if not out.parent.is_dir():
+        raise CelError(f"the folder {out.parent} for {out.name} does not exist; create it first")
+    embeddings = embed_files(model, "", names, progress=progress)
+    try:
+        with atomic_write(out) as stream:
+            np.savez(stream, names=np.array(names), embeddings=embeddings)
+    except OSError as error:
+        raise RunError(f"cannot write {out}: {error.strerror}; check space and permissions") from error
+    return names
+
+
+@contextmanager
+def raised_together(world: World) -> Iterator[None]:
+    """Make a failure inside the block the failure of every rank, so that none waits for one that is gone.
+
+    The block must not hold collectives. A rank that succeeded raises what the first failing rank raised: a CelError
+    with its message, or a RunError that names the rank.
+    """
+    if world.size == 1:
+        yield
+        return
+    failure: Exception | None = None
+    try:
+        yield
+    except Exception as error:
+        failure = error
+    told = None if failure is None else (isinstance(failure, CelError), f"{failure}" or type(failure).__name__)
+    outcomes: list[tuple[bool, str] | None] = [None] * world.size
+    dist.all_gather_object(outcomes, told)
+    if failure is not None:
+        raise failure
+    for rank, outcome in enumerate(outcomes):
+        if outcome is not None:
+            is_input, message = outcome
+            raise CelError(message) if is_input else RunError(f"rank {rank} failed: {message}")
+
+
+def _sizes(root: Path, files: Sequence[str]) -> NDArray[np.int64]:
+    sizes = np.zeros(len(files), np.int64)
+    missing = []
+    for index, name in enumerate(files):
+        try:
+            sizes[index] = (root / name).stat().st_size
+        except OSError:
+            missing.append(name)
+    if missing:
+        raise CelError(
+            f"{len(missing)} of {len(files)} audio files are missing under {root}, the first is {missing[0]}; check "
+            "the root folder and the list"
+        )
+    return sizes
+
+
+def _audio_below(path: Path) -> list[str]:
+    if not path.is_dir():
+        return [str(path)]
+    found = sorted(str(entry) for entry in path.rglob("*") if entry.suffix.lower() in AUDIO_SUFFIXES)
+    if not found:
+        raise CelError(f"there is no audio below {path}; files count as audio by their suffix, such as .wav or .flac")
+    return found
+
+
+def _from_main(order: NDArray[np.int64], device: torch.device) -> NDArray[np.int64]:
+    shared = torch.from_numpy(order).to(device)
+    dist.broadcast(shared, src=0)
+    result: NDArray[np.int64] = shared.cpu().numpy()
+    return result
+
+
+def _from_all(rows: NDArray[np.float32], world: World, device: torch.device) -> NDArray[np.float32]:
+    mine = torch.from_numpy(rows).to(device)
+    gathered = [torch.empty_like(mine) for _ in range(world.size)]
+    dist.all_gather(gathered, mine)
+    return torch.stack(gathered).cpu().numpy()

@@ -1,0 +1,205 @@
+"""Pictures of an evaluation and of a training run, as bytes for files and reports alike.
+
+Only figure objects are used, never pyplot, so that nothing global changes and no display is needed.
+"""
+
+import io
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, TypeAlias
+
+import matplotlib as mpl
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+from numpy.typing import ArrayLike
+from scipy.special import ndtri
+
+from cel_dist.evaluation.projection import neighbour_map
+from cel_dist.metrics import det_points, eer
+
+Format: TypeAlias = Literal["png", "svg"]
+
+# Okabe and Ito's colours, told apart by colour-blind readers too.
+_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+_GREY = "#666666"
+_MARKERS = "o^sDvP*X"
+_DET_TICKS = (0.0001, 0.001, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.4, 0.6, 0.8)
+_MAX_MAP_POINTS = 500
+_MAX_NAMED_SPEAKERS = 24
+_STYLE = {
+    "font.family": "DejaVu Sans",
+    "font.size": 10,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.color": "#e4e4e4",
+    "grid.linewidth": 0.8,
+    "axes.axisbelow": True,
+    "legend.frameon": False,
+    # The same numbers give the same SVG, byte by byte.
+    "svg.hashsalt": "cel",
+    "svg.fonttype": "none",
+}
+
+_TRAINING_PANELS: tuple[tuple[str, tuple[str, ...]], ...] = (
+    ("loss", ("loss", "similarity", "uniformity")),
+    ("EER on validation trials (%)", ("eer",)),
+    ("accuracy, alignment", ("accuracy", "alignment")),
+    ("learning rate", ("lr",)),
+    ("gradient norm", ("grad_norm",)),
+    ("utterances per second", ("utterances_per_second",)),
+)
+
+
+def det_plot(curves: Mapping[str, tuple[ArrayLike, ArrayLike]], *, picture: Format = "png") -> bytes:
+    """Detection error trade-off: misses against false alarms on normal-deviate axes (Martin et al. 1997), EER marked.
+
+    Args:
+        curves: name to (scores [M], labels [M]); an empty name leaves only the EER in the legend.
+        picture: format of the result.
+    """
+    with mpl.rc_context(_STYLE):
+        figure = Figure(figsize=(5.2, 5.0), layout="constrained")
+        axes = figure.subplots()
+        smallest = 0.2
+        for colour, (name, (scores, labels)) in zip(_cycle(len(curves)), curves.items(), strict=True):
+            false_accepts, false_rejects, _ = det_points(scores, labels)
+            targets = np.asarray(labels) == 1
+            # Below one error in this list nothing was measured: the curve ends at the margin.
+            floor = 0.5 / max(targets.sum(), (~targets).sum())
+            smallest = min(smallest, floor)
+            rate = eer(scores, labels)
+            legend = f"{name}: EER {rate:.2%}" if name else f"EER {rate:.2%}"
+            x, y = (ndtri(np.clip(rates, floor, 1 - floor)) for rates in (false_accepts, false_rejects))
+            axes.plot(x, y, color=colour, linewidth=1.8, label=legend)
+            corner = ndtri(np.clip(rate, floor, 1 - floor))
+            axes.plot([corner], [corner], "o", color=colour, markersize=6)
+        ticks = [tick for tick in _DET_TICKS if tick >= smallest]
+        low, high = ndtri(max(smallest, _DET_TICKS[0])), ndtri(_DET_TICKS[-1])
+        axes.plot([low, high], [low, high], color=_GREY, linewidth=0.8, linestyle=":")
+        for axis in (axes.xaxis, axes.yaxis):
+            axis.set_ticks([ndtri(tick) for tick in ticks], labels=[f"{100 * tick:g}" for tick in ticks])
+        axes.set(xlim=(low, high), ylim=(low, high), aspect="equal")
+        axes.set(xlabel="false acceptance (%)", ylabel="false rejection (%)")
+        axes.legend(loc="upper right")
+        return _render(figure, picture)
+
+
+def score_histogram(
+    scores: ArrayLike, labels: ArrayLike, *, threshold: float | None = None, picture: Format = "png"
+) -> bytes:
+    """Densities of the scores of target and of non-target trials, with the threshold between them.
+
+    Args:
+        scores: [M].
+        labels: [M], 1 for target trials.
+        threshold: drawn as a line if given.
+        picture: format of the result.
+    """
+    values = np.asarray(scores, dtype=np.float64)
+    targets = np.asarray(labels) == 1
+    num_bins = int(np.clip(np.sqrt(len(values)), 10, 60))
+    edges = np.histogram_bin_edges(values, bins=num_bins).tolist()
+    with mpl.rc_context(_STYLE):
+        figure = Figure(figsize=(6.4, 3.6), layout="constrained")
+        axes = figure.subplots()
+        kinds = (("different speakers", ~targets, _COLOURS[1]), ("same speaker", targets, _COLOURS[0]))
+        for name, chosen, colour in kinds:
+            text = f"{name} ({chosen.sum()} trials)"
+            axes.hist(values[chosen], edges, density=True, color=colour, alpha=0.25)
+            axes.hist(values[chosen], edges, density=True, color=colour, histtype="step", linewidth=1.6, label=text)
+        if threshold is not None:
+            axes.axvline(threshold, color=_GREY, linestyle="--", linewidth=1.2, label=f"threshold {threshold:.3f}")
+        axes.set(xlabel="score (minus the distance of the embeddings)", ylabel="density")
+        figure.legend(loc="outside upper left", ncols=3, fontsize=9, columnspacing=1.2, handlelength=1.4)
+        return _render(figure, picture)
+
+
+def training_curves(records: Sequence[Mapping[str, Any]], *, picture: Format = "png") -> bytes:
+    """Course of a training run: losses, validation EER, accuracy, learning rate, gradient norm and speed over steps.
+
+    Args:
+        records: the objects of `metrics.jsonl`; each has `step`, and whichever of the measures were taken then. A panel
+            without a single value is left out.
+        picture: format of the result.
+    """
+    panels = [
+        (title, {name: points for name in names if len(points := _points(records, name))})
+        for title, names in _TRAINING_PANELS
+    ]
+    panels = [(title, series) for title, series in panels if series]
+    with mpl.rc_context(_STYLE):
+        columns = min(3, max(1, len(panels)))
+        rows = max(1, -(-len(panels) // columns))
+        figure = Figure(figsize=(4.0 * columns, 2.9 * rows), layout="constrained")
+        grid = figure.subplots(rows, columns, squeeze=False).ravel()
+        for axes, (title, series) in zip(grid, panels, strict=False):
+            _draw_series(axes, title, series)
+        for axes in grid[len(panels) :]:
+            axes.set_axis_off()
+        return _render(figure, picture)
+
+
+def speaker_map(embeddings: ArrayLike, speakers: Sequence[str], *, picture: Format = "png") -> bytes:
+    """Two-dimensional t-SNE map of embeddings, a colour and marker a speaker. Names are shown for up to 24 speakers.
+
+    Args:
+        embeddings: [N, D]; of more than 500, an even choice is drawn.
+        speakers: [N] names.
+        picture: format of the result.
+    """
+    chosen = np.unique(np.linspace(0, len(speakers) - 1, num=min(len(speakers), _MAX_MAP_POINTS)).astype(int))
+    places = neighbour_map(np.asarray(embeddings)[chosen])
+    names = np.asarray(speakers)[chosen]
+    known = sorted(set(names.tolist()))
+    with mpl.rc_context(_STYLE):
+        is_named = len(known) <= _MAX_NAMED_SPEAKERS
+        figure = Figure(figsize=(7.4 if is_named else 6.0, 5.6), layout="constrained")
+        axes = figure.subplots()
+        wheel = [mpl.colormaps["tab20"](number) for number in range(20)]
+        for number, name in enumerate(known):
+            own = places[names == name]
+            marker = _MARKERS[(number // len(wheel) + number) % len(_MARKERS)]
+            colour = wheel[(2 * number + (number // 10) % 2) % len(wheel)]
+            axes.scatter(
+                own[:, 0], own[:, 1], s=30, color=colour, marker=marker, edgecolors="white", linewidths=0.4, label=name
+            )
+        axes.set(xticks=[], yticks=[], title=f"{len(chosen)} utterances of {len(known)} speakers (t-SNE)")
+        axes.spines[["left", "bottom"]].set_visible(False)
+        if is_named:
+            figure.legend(loc="outside right upper", ncols=1, fontsize=8, handletextpad=0.2)
+        return _render(figure, picture)
+
+
+def _draw_series(axes: Axes, title: str, series: Mapping[str, Any]) -> None:
+    for colour, (name, points) in zip(_cycle(len(series)), series.items(), strict=True):
+        steps, values = points.T
+        if name == "eer":
+            values = 100 * values
+        # Few points are measurements of their own and are shown as such; many are a course.
+        axes.plot(
+            steps, values, color=colour, linewidth=1.5, label=name, marker="o" if len(steps) <= 30 else None, ms=3.5
+        )
+    axes.set_title(title, fontsize=10)
+    axes.set_xlabel("step")
+    axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+    if len(series) > 1:
+        axes.legend(fontsize=8)
+    if "eer" in series or "utterances_per_second" in series:
+        axes.set_ylim(bottom=0)
+
+
+def _points(records: Sequence[Mapping[str, Any]], name: str) -> Any:
+    found = [(record["step"], record[name]) for record in records if record.get(name) is not None]
+    return np.array(found, dtype=np.float64).reshape(-1, 2)
+
+
+def _cycle(count: int) -> list[str]:
+    return [_COLOURS[number % len(_COLOURS)] for number in range(count)]
+
+
+def _render(figure: Figure, picture: Format) -> bytes:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format=picture, dpi=120, metadata={"Date": None} if picture == "svg" else None)
+    return buffer.getvalue()

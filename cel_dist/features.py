@@ -1,0 +1,82 @@
+"""The front end: waveform to log-mel spectrogram, on whatever device the waveform is."""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from cel_dist.errors import CelError
+
+SAMPLE_RATE = 16_000
+HOP = 160
+NUM_MELS = 40
+# Centred frames are mirrored by half an FFT at both ends, which takes one sample more than that.
+MIN_SAMPLES = 257
+
+_FFT = 512
+_WINDOW = 400
+
+
+def segment_samples(frames: int) -> int:
+    """Samples of a segment of `frames` frames: a hop each, and 240 for the rest of the last window.
+
+    >>> segment_samples(180)
+    29040
+    """
+    return frames * HOP + _WINDOW - HOP
+
+
+class LogMel(nn.Module):
+    """Log-mel spectrogram with instance normalisation over time: the published front end of CEL (Mun et al. 2020).
+
+    40 mel bands between 0 and 8000 Hz of the power spectrum (FFT 512, Hann window 400, hop 160), `log(x + 1e-6)`, then
+    zero mean and unit variance over the frames of every band. There is nothing to learn.
+
+    >>> LogMel()(1000 * torch.randn(2, segment_samples(180))).shape
+    torch.Size([2, 40, 182])
+
+    Raises:
+        CelError: torchaudio cannot be imported; the message names the remedy.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        try:
+            from torchaudio.transforms import MelSpectrogram
+        except (ImportError, OSError) as error:
+            raise CelError(
+                f"torchaudio cannot be imported ({' '.join(str(error).split())}); with a CPU build of torch run 'make "
+                "install', which sets torchaudio's CUDA libraries (torchaudio/lib/*.so) aside"
+            ) from error
+        self.mel = MelSpectrogram(
+            sample_rate=SAMPLE_RATE,
+            n_fft=_FFT,
+            win_length=_WINDOW,
+            hop_length=HOP,
+            f_min=0.0,
+            f_max=SAMPLE_RATE / 2,
+            n_mels=NUM_MELS,
+            window_fn=torch.hann_window,
+        )
+
+    def forward(self, wave: Tensor) -> Tensor:
+        """Features of a batch of waveforms of equal length, in fp32 whatever the dtype of `wave`, also under autocast.
+
+        Args:
+            wave: [B, T] samples at 16 kHz on the int16 scale, any real dtype, T >= 257.
+
+        Returns:
+            [B, 40, F] float32 with F = 1 + T // 160.
+
+        Raises:
+            CelError: the waveforms are shorter than 257 samples.
+        """
+        if wave.shape[-1] < MIN_SAMPLES:
+            raise CelError(
+                f"a waveform of {wave.shape[-1]} samples is too short for features; give at least {MIN_SAMPLES} "
+                f"samples ({MIN_SAMPLES / SAMPLE_RATE * 1000:.0f} ms)"
+            )
+        # Powers of int16-scale audio reach 1e12 and the floor of the logarithm is 1e-6: fp16 holds neither, bf16 has no
+        # digits for them.
+        with torch.autocast(wave.device.type, enabled=False):
+            power: Tensor = self.mel(wave.float())
+            return F.instance_norm(torch.log(power + 1e-6), eps=1e-5)

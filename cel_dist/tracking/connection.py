@@ -1,0 +1,145 @@
+"""Reaching MLflow: which server or database, in bounded time, and with its failures told in one line.
+
+MLflow itself is imported when it is first needed; that takes seconds.
+"""
+
+import os
+import re
+import socket
+import sqlite3
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from cel_dist.errors import CelError, RunError
+
+DEFAULT_URI = "sqlite:///mlflow.db"
+
+# Read when MLflow is imported and at each request; a user's own settings win. Its defaults are minutes of retries,
+# progress bars and messages on stderr, and telemetry.
+_ENVIRONMENT = {
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
+    "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR": "1",
+    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
+    "MLFLOW_LOGGING_LEVEL": "WARNING",
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+}
+_DATABASE_PORTS = {"postgresql": 5432, "mysql": 3306, "mssql": 1433}
+
+
+def resolve_uri(uri: str | None = None) -> str:
+    """The tracking server or database in force: `uri`, else $MLFLOW_TRACKING_URI, else `sqlite:///mlflow.db`.
+
+    >>> resolve_uri("http://tracking.example:5000")
+    'http://tracking.example:5000'
+    """
+    return uri or os.environ.get("MLFLOW_TRACKING_URI") or DEFAULT_URI
+
+
+def redacted(uri: str) -> str:
+    """A URI that may be shown: without its password.
+
+    >>> redacted("https://user:secret@tracking.example/path")
+    'https://user:***@tracking.example/path'
+    """
+    return re.sub(r"(://[^/@:]*):[^/@]*@", r"\1:***@", uri)
+
+
+def connect(uri: str) -> Any:
+    """A client of the server or database at `uri`.
+
+    Raises:
+        CelError: what can be told at once is wrong with `uri`: a folder, a file that is no database, a database server
+            that does not answer or has no driver here. MLflow would try for minutes before it says so.
+    """
+    for name, value in _ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    parts = urlsplit(uri)
+    kind = parts.scheme.partition("+")[0]
+    if kind in ("", "file"):
+        raise CelError(f"that is a folder, which MLflow no longer records to; use a database such as {DEFAULT_URI}")
+    database = sqlite_file(uri)
+    if database:
+        _check_database(database)
+    if kind in _DATABASE_PORTS:
+        _check_port(parts.hostname or "localhost", parts.port or _DATABASE_PORTS[kind])
+    from mlflow import MlflowClient
+
+    try:
+        return MlflowClient(tracking_uri=uri, registry_uri=uri)
+    except ModuleNotFoundError as error:
+        raise CelError(f"it needs the database driver '{error.name}'; install it into this environment") from None
+
+
+@contextmanager
+def default_uri(uri: str) -> Iterator[None]:
+    """Make `uri` MLflow's global default for a while, and leave no trace.
+
+    A registry in a database looks the model to register up there, whatever the client was opened with.
+    """
+    import mlflow
+
+    inherited = os.environ.pop("MLFLOW_TRACKING_URI", None)
+    chosen = mlflow.get_tracking_uri() if mlflow.is_tracking_uri_set() else None
+    mlflow.set_tracking_uri(uri)
+    try:
+        yield
+    finally:
+        mlflow.set_tracking_uri(chosen)
+        os.environ.pop("MLFLOW_TRACKING_URI", None)
+        if inherited is not None:
+            os.environ["MLFLOW_TRACKING_URI"] = inherited
+
+
+def sqlite_file(uri: str) -> Path | None:
+    """The file of a SQLite URI; None for other URIs."""
+    parts = urlsplit(uri)
+    return Path(parts.path[1:]).resolve() if parts.scheme.partition("+")[0] == "sqlite" else None
+
+
+def _check_database(path: Path) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        probe = sqlite3.connect(path, timeout=5)
+        try:
+            probe.execute("PRAGMA schema_version")
+        finally:
+            probe.close()
+    except (OSError, sqlite3.Error) as error:
+        raise CelError(f"{path} cannot be used as a database: {error}; name another file") from None
+
+
+def _check_port(host: str, port: int) -> None:
+    try:
+        socket.create_connection((host, port), timeout=5).close()
+    except OSError as error:
+        raise CelError(f"no database server answers at {host}:{port}: {error}; start it or set another URI") from None
+
+
+@contextmanager
+def mlflow_errors(kind: type[CelError] | type[RunError], problem: str, remedy: str) -> Iterator[None]:
+    """Turn what MLflow, its database and the network raise into one line."""
+    try:
+        yield
+    except (CelError, RunError) as error:
+        raise kind(f"{problem}: {error}") from None
+    except OSError as error:
+        raise kind(f"{problem}: {error}; {remedy}") from None
+    except Exception as error:
+        from mlflow.exceptions import MlflowException
+
+        if not isinstance(error, MlflowException):
+            raise
+        raise kind(f"{problem}: {first_line(error)}; {remedy}") from None
+
+
+def first_line(error: Exception) -> str:
+    """What an error of MLflow says, short enough for one line."""
+    line = next(iter(str(error).strip().splitlines()), type(error).__name__)
+    if " failed with exception " in line:
+        # The innermost of several nested representations names the cause.
+        return "the server does not answer (" + line.rpartition(": ")[2].strip("\"')") + ")"
+    return line if len(line) <= 300 else line[:300] + " ..."

@@ -1,0 +1,40 @@
+"""Entry point of a training process: `deepspeed --module cel_dist.train CONFIG [key=value ...] [--resume auto|DIR|none]`.
+
+torchrun, Slurm and a plain `python -m cel_dist.train` start the same function; the world comes from the environment.
+"""
+
+import argparse
+import logging
+import os
+import sys
+
+from cel_dist.config import load_config
+from cel_dist.errors import CelError, RunError
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Train as the command line says; returns the exit code (2 bad input, 1 failure)."""
+    parser = argparse.ArgumentParser(prog="cel_dist.train", description="Train one rank of a run.")
+    parser.add_argument("config", help="YAML file")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings that replace those of the file")
+    parser.add_argument("--resume", default="auto", help="auto, none, or the path of a checkpoint (default: auto)")
+    # The deepspeed launcher passes the local rank to every process; the environment has it too.
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
+    options = parser.parse_intermixed_args(arguments)
+    is_main = os.environ.get("RANK", "0") == "0"
+    logging.basicConfig(level=logging.INFO if is_main else logging.WARNING, format="%(message)s", stream=sys.stderr)
+    try:
+        config = load_config(options.config, options.overrides)
+        from cel_dist.training.trainer import train
+
+        train(config, options.resume)
+    except (CelError, RunError) as error:
+        # Every rank meets bad input; one line is enough.
+        if is_main or isinstance(error, RunError):
+            print(f"error: {error}", file=sys.stderr)  # noqa: T201
+        return 2 if isinstance(error, CelError) else 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,35 @@
+"""Encoder and loss as one module, so that one engine owns all parameters and the loss sees them whole (ZeRO-3)."""
+
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from cel_dist.losses import EquilibriumLoss, LossOutput
+
+
+class Objective(nn.Module):
+    """Features of this rank's utterances to the loss of the global batch.
+
+    Args:
+        encoder: [n, 40, F] to [n, D].
+        loss: the equilibrium loss over all ranks.
+        views: `separate` passes the views one by one, so that batch norm normalises each by its own statistics, as in the
+            published implementation; `joint` passes them together.
+    """
+
+    def __init__(self, encoder: nn.Module, loss: EquilibriumLoss, views: Literal["separate", "joint"]) -> None:
+        super().__init__()
+        self.encoder = encoder
+        self.loss = loss
+        self._joint = views == "joint"
+
+    def forward(self, features: Tensor) -> LossOutput:
+        """Compute the loss of the global batch from this rank's features [B, V, 40, F]."""
+        num_views = features.shape[1]
+        if self._joint:
+            embeddings = self.encoder(features.flatten(0, 1)).unflatten(0, (-1, num_views))
+        else:
+            embeddings = torch.stack([self.encoder(features[:, view]) for view in range(num_views)], dim=1)
+        output: LossOutput = self.loss(embeddings.float())
+        return output

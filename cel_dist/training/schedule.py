@@ -1,0 +1,27 @@
+"""The learning rate as a pure function of the step, so that a resumed run cannot be off by one."""
+
+import math
+
+from cel_dist.config import OptimSection
+
+
+def learning_rate(config: OptimSection, *, step: int, steps_per_epoch: int, total_steps: int) -> float:
+    """Learning rate of a step.
+
+    Args:
+        config: peak, kind and bounds of the schedule.
+        step: optimizer steps taken before this one, from 0.
+        steps_per_epoch: steps of an epoch; the step schedule decays at the ends of epochs.
+        total_steps: steps of the whole run; the cosine ends there.
+
+    >>> config = OptimSection(lr=1.0, decay=0.5, decay_epochs=2, warmup_steps=2)
+    >>> [learning_rate(config, step=step, steps_per_epoch=3, total_steps=12) for step in (0, 1, 2, 5, 6)]
+    [0.5, 1.0, 1.0, 1.0, 0.5]
+    """
+    warmup = min(1.0, (step + 1) / config.warmup_steps) if config.warmup_steps else 1.0
+    if config.schedule == "step":
+        decays = step // steps_per_epoch // config.decay_epochs
+        return config.lr * config.decay**decays * warmup
+    progress = (step - config.warmup_steps) / max(1, total_steps - 1 - config.warmup_steps)
+    cosine = 0.5 * (1 + math.cos(math.pi * min(1.0, max(0.0, progress))))
+    return (config.min_lr + (config.lr - config.min_lr) * cosine) * warmup

@@ -1,0 +1,193 @@
+"""`cel evaluate`, `cel embed`, `cel verify`, `cel import-published`, as a user calls them."""
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from cel_dist.cli.app import run
+from cel_dist.data.audio import encode_audio
+from cel_dist.encoders import build_encoder
+from cel_dist.model import Calibration, EncoderDescription, ModelDescription, SpeakerModel
+
+EVALUATE = ("evaluate", "--model", "model", "--trials", "trials.txt", "--root", "audio")
+Cel = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    # Threads that wait for each other on a busy machine make these small networks many times slower.
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def cel(capsys: pytest.CaptureFixture[str]) -> Cel:
+    def call(*arguments: object) -> tuple[int, str, str]:
+        code = run([str(argument) for argument in arguments])
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return call
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The current folder: a model in `model`, three recordings in `audio`, `trials.txt`."""
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    encoder = EncoderDescription(name="fast_resnet34", embedding_dim=16)
+    SpeakerModel(build_encoder("fast_resnet34", 16), ModelDescription(encoder=encoder)).save("model")
+    generator = np.random.default_rng(0)
+    for name in ("a", "b", "c"):
+        Path("audio").mkdir(exist_ok=True)
+        wave = (2000 * generator.standard_normal(4800)).astype(np.int16)
+        Path(f"audio/{name}.wav").write_bytes(encode_audio(wave, "wav"))
+    Path("trials.txt").write_text("1 a.wav b.wav\n0 a.wav c.wav\n")
+    return tmp_path
+
+
+def outcome(result: tuple[int, str, str]) -> dict[str, Any]:
+    code, out, err = result
+    assert code == 0, err
+    return json.loads(out)
+
+
+def refusal(result: tuple[int, str, str]) -> str:
+    code, out, err = result
+    assert code == 2
+    assert out == ""
+    assert err.startswith("error: ")
+    assert err.count("\n") == 1
+    return err
+
+
+@pytest.fixture(scope="module")
+def few_golden_trials(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[int, list[float]]]:
+    """Four published trials of both kinds, and their scores by frames."""
+    lines = {
+        frames: (shared / "golden" / f"scores_frames{frames}.txt").read_text().splitlines()[:4] for frames in (0, 200)
+    }
+    path = tmp_path_factory.mktemp("golden") / "few.txt"
+    path.write_text("".join(line.rsplit(" ", 1)[0] + "\n" for line in lines[0]))
+    return path, {frames: [float(line.split()[3]) for line in rows] for frames, rows in lines.items()}
+
+
+@pytest.mark.parametrize("frames", [0, 200])
+def test_a_published_checkpoint_scores_as_published_directly_and_imported(
+    cel, shared, few_golden_trials, tmp_path, frames
+):
+    trials, golden = few_golden_trials
+    published = shared / "golden" / "published_format.model"
+    imported = outcome(cel("import-published", published, "--out", tmp_path / "imported", "--json"))
+    assert imported == {"model": str(tmp_path / "imported"), "encoder": "fast_resnet34", "embedding_dim": 512}
+    files = []
+    for name, model in (("direct", published), ("imported", tmp_path / "imported")):
+        arguments = ["--model", model, "--trials", trials, "--root", shared / "data" / "corpus", "--frames", frames]
+        result = outcome(cel("evaluate", *arguments, "--out", tmp_path / name, "--json"))
+        assert result["trials"] == 4
+        files.append(Path(result["scores"]).read_text())
+        found = [float(line.split()[3]) for line in files[-1].splitlines()]
+        np.testing.assert_allclose(found, golden[frames], rtol=1e-4)
+    assert files[0] == files[1]
+
+
+def test_evaluate_writes_scores_and_plots_beside_the_numbers(cel, folder):
+    result = outcome(cel(*EVALUATE, "--json"))
+    assert 0 <= result["eer"] <= 1
+    assert set(result["min_dcf"]) == {"0.01", "0.05"}
+    for kind in ("scores", "det", "histogram"):
+        assert Path(result[kind]).parent == Path("evaluation/trials")
+        assert Path(result[kind]).stat().st_size > 0
+    code, out, _ = cel(*EVALUATE, "--out", "elsewhere")
+    assert code == 0
+    assert f"EER {result['eer']:.2%}" in out
+    assert "elsewhere/scores.txt" in out
+
+
+def test_windows_change_the_scores(cel, folder):
+    arguments = (*EVALUATE, "--json", "--frames", 20)
+    one = outcome(cel(*arguments, "--windows", 1))["threshold"]
+    four = outcome(cel(*arguments, "--windows", 4))["threshold"]
+    assert one != four
+
+
+def test_verify_without_threshold_says_how_to_get_one_and_then_decides(cel, folder):
+    pair = ("audio/a.wav", "audio/b.wav")
+    undecided = outcome(cel("verify", "--model", "model", *pair, "--json"))
+    assert undecided["score"] < 0
+    assert (undecided["probability"], undecided["same"], undecided["threshold"]) == (None, None, None)
+    code, out, _ = cel("verify", "--model", "model", *pair)
+    assert code == 0
+    assert "--calibrate" in out
+
+    arguments = (
+        "evaluate",
+        "--model",
+        "model",
+        "--trials",
+        "trials.txt",
+        "--root",
+        "audio",
+        "--calibrate",
+        "calibrated",
+    )
+    evaluated = outcome(cel(*arguments, "--json"))
+    decided = outcome(cel("verify", "--model", "calibrated", *pair, "--json"))
+    assert decided["threshold"] == evaluated["threshold"]
+    assert decided["same"] == (decided["score"] >= decided["threshold"])
+    assert decided["probability"] == pytest.approx(
+        Calibration(**evaluated["calibration"]).probability(decided["score"]), rel=1e-9
+    )
+    assert "speaker" in cel("verify", "--model", "calibrated", *pair)[1]
+
+
+def test_the_same_recording_is_the_same_speaker(cel, folder):
+    cel(*EVALUATE, "--calibrate", "calibrated")
+    result = outcome(cel("verify", "--model", "calibrated", "audio/a.wav", "audio/a.wav", "--json"))
+    assert result["score"] == 0
+    assert result["same"] is True
+
+
+def test_embed_writes_names_and_unit_rows(cel, folder):
+    result = outcome(cel("embed", "--model", "model", "audio", "--out", "rows.npz", "--json"))
+    assert result == {"out": "rows.npz", "utterances": 3, "embedding_dim": 16}
+    content = np.load("rows.npz")
+    assert content["names"].tolist() == ["audio/a.wav", "audio/b.wav", "audio/c.wav"]
+    assert content["embeddings"].shape == (3, 16)
+    np.testing.assert_allclose(np.linalg.norm(content["embeddings"], axis=1), 1, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("verify", "--model", "absent", "audio/a.wav", "audio/b.wav"), "there is no model at absent"),
+        (("verify", "--model", "model", "audio/a.wav", "audio/x.wav"), "there is no audio file audio/x.wav"),
+        (("embed", "--model", "model", "audio/x.wav", "--out", "rows.npz"), "1 of 1 audio files are missing"),
+        (("import-published", "trials.txt", "--out", "new"), "trials.txt"),
+        (("evaluate", "--model", "model", "--trials", "x.txt", "--root", "audio"), "cannot read the trials file x.txt"),
+        (
+            ("evaluate", "--model", "model", "--trials", "trials.txt", "--root", "model"),
+            "3 of 3 audio files are missing",
+        ),
+        ((*EVALUATE, "--frames", "3"), "frames=3"),
+        ((*EVALUATE, "--frames", "20", "--calibrate", "new"), "leave out --frames"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_two(cel, folder, arguments, message):
+    before = {path.name for path in folder.iterdir()}
+    assert message in refusal(cel(*arguments))
+    assert {path.name for path in folder.iterdir()} == before
+
+
+@pytest.mark.parametrize("command", ["evaluate", "embed", "verify", "import-published"])
+def test_help_ends_with_an_example(cel, command):
+    code, out, _ = cel(command, "--help")
+    assert code == 0
+    assert f"Example: cel {command}" in out

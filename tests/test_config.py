@@ -1,0 +1,78 @@
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+
+from cel_dist.config import dump_config, load_config, parse_config
+from cel_dist.errors import CelError
+
+PROJECT = Path(__file__).resolve().parent.parent
+MINIMAL = {"data": {"shards": "s"}, "augment": {"profile": 0}}
+
+
+def write(path: Path, tree: object) -> Path:
+    path.write_text(yaml.safe_dump(tree))
+    return path
+
+
+@pytest.mark.parametrize("path", sorted((PROJECT / "configs").glob("*.yaml")), ids=lambda path: path.name)
+def test_shipped_configurations_are_valid(path):
+    assert load_config(path).data.shards
+
+
+def test_overrides_win_over_the_file_and_are_typed(tmp_path):
+    file = write(tmp_path / "c.yaml", {**MINIMAL, "train": {"batch_size": 10}})
+    config = load_config(file, ["train.batch_size=64", "optim.lr=2e-4", "encoder.init=models:/cel@champion"])
+    assert (config.train.batch_size, config.optim.lr, config.encoder.init) == (64, 2e-4, "models:/cel@champion")
+
+
+def test_the_dumped_configuration_reads_back_equal(tmp_path):
+    config = parse_config({**MINIMAL, "augment": {"profile": 0, "noise_snr_db": [1, 2]}}, "test")
+    file = tmp_path / "dump.yaml"
+    file.write_text(dump_config(config))
+    assert load_config(file) == config
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"trian": {"epochs": 1}}, "unknown key 'trian'; did you mean 'train'?"),
+        ({"train": {"bacth_size": 1}}, "unknown key 'train.bacth_size'; did you mean 'train.batch_size'?"),
+        ({"train": {"batch_size": "many"}}, "'train.batch_size': .*not 'many'"),
+        ({"train": {"batch_size": 1}}, "'train.batch_size': .*greater than or equal to 2, not 1"),
+        ({"loss": {"similarity": "angular"}}, "'loss.similarity': .*not 'angular'"),
+        ({"augment": {"profile": 3}}, "augment.profile=3 needs data.bank"),
+        ({"augment": {"profile": 0, "noise_snr_db": [5, 1]}}, "augment.noise_snr_db"),
+        ({"loss": {"lambda_s": 0, "lambda_u": 0}}, "nothing is learned"),
+        ({"optim": {"lr": 1e-4, "min_lr": 1e-3}}, "optim.min_lr"),
+        ({"eval": {"trials": "t.txt"}}, "eval.trials and eval.root"),
+        ({"data": {}}, "'data.shards' is required"),
+    ],
+)
+def test_bad_settings_are_named_with_their_path_in_one_line(tmp_path, change, message):
+    with pytest.raises(CelError) as failure:
+        load_config(write(tmp_path / "bad.yaml", {**MINIMAL, **change}))
+    assert re.search(message, str(failure.value))
+    assert "\n" not in str(failure.value)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [("a: [", "not valid YAML"), ("- 1\n", "holds a list"), ("", "'data' is required")],
+)
+def test_files_that_are_no_configuration(tmp_path, content, message):
+    file = tmp_path / "c.yaml"
+    file.write_text(content)
+    with pytest.raises(CelError, match=message):
+        load_config(file)
+
+
+def test_a_missing_file_and_a_malformed_override(tmp_path):
+    with pytest.raises(CelError, match="cannot read the configuration"):
+        load_config(tmp_path / "absent.yaml")
+    file = write(tmp_path / "c.yaml", MINIMAL)
+    with pytest.raises(CelError, match="key=value"):
+        load_config(file, ["train.batch_size"])
+    with pytest.raises(CelError, match="is a value, not a section"):
+        load_config(file, ["data.shards.deep=1"])

@@ -1,0 +1,98 @@
+"""The package as a whole: importing it is light, and rooms know only whom docs/architecture.md lets them know."""
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import cel_dist
+
+PACKAGE = Path(cel_dist.__file__).parent
+HEAVY = {"torch", "torchaudio", "ray", "mlflow", "deepspeed", "webdataset"}
+
+# Third-party package -> the only modules and folders of cel_dist that may import it.
+IMPORTED_ONLY_BY = {
+    "deepspeed": ("engine.py",),
+    "mlflow": ("tracking/",),
+    "ray": ("sweep.py",),
+    "webdataset": ("data/shards.py", "data/stream.py"),
+    "torchaudio": ("features.py", "data/augment.py"),
+    "soundfile": ("data/audio.py", "corpus/"),
+    "soxr": ("data/audio.py", "corpus/"),
+    "safetensors": ("model.py",),
+    "matplotlib": ("evaluation/plots.py",),
+    "jinja2": ("report.py",),
+    "espeakng_loader": ("corpus/",),
+    "typer": ("cli/",),
+    "click": ("cli/",),
+    "rich": ("cli/",),
+}
+
+# Room -> the rooms of cel_dist that it may import, besides itself.
+MAY_KNOW = {
+    "errors": set(),
+    "config": {"errors"},
+    "distributed": {"errors"},
+    "features": {"errors"},
+    "metrics": {"errors"},
+    "encoders": {"errors"},
+    "losses": {"errors"},
+    "published": {"errors", "encoders"},
+}
+
+
+def modules() -> list[Path]:
+    return sorted(PACKAGE.rglob("*.py"))
+
+
+def imported_names(path: Path) -> Iterator[tuple[str, int]]:
+    """Absolute names imported anywhere in a module, inside functions too, with their line."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from ((alias.name, node.lineno) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}:{node.lineno} imports relatively"
+            assert node.module is not None
+            # `from cel_dist import engine` imports a room as much as `from cel_dist.engine import Engine` does.
+            parts = [f"cel_dist.{alias.name}" for alias in node.names] if node.module == "cel_dist" else [node.module]
+            yield from ((part, node.lineno) for part in parts)
+
+
+def loaded_by(statement: str) -> set[str]:
+    """Top-level packages that a fresh interpreter holds after a statement."""
+    program = f"{statement}\nimport sys\nprint(*{{name.partition('.')[0] for name in sys.modules}})"
+    done = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True)
+    return set(done.stdout.split())
+
+
+def test_importing_the_package_loads_nothing_heavy() -> None:
+    assert not loaded_by("import cel_dist") & HEAVY
+
+
+def test_the_numerics_load_neither_engine_nor_tracking() -> None:
+    loaded = loaded_by("import cel_dist.features, cel_dist.encoders, cel_dist.losses, cel_dist.metrics")
+    assert "torch" in loaded
+    assert not loaded & {"ray", "mlflow", "deepspeed", "webdataset", "torchaudio"}
+
+
+@pytest.mark.parametrize("package", IMPORTED_ONLY_BY)
+def test_a_third_party_package_is_imported_only_by_its_room(package: str) -> None:
+    allowed = IMPORTED_ONLY_BY[package]
+    strangers = [
+        f"{path.relative_to(PACKAGE)}:{line}"
+        for path in modules()
+        for name, line in imported_names(path)
+        if name.partition(".")[0] == package and not path.relative_to(PACKAGE).as_posix().startswith(allowed)
+    ]
+    assert not strangers, f"only {', '.join(allowed)} may import {package}"
+
+
+@pytest.mark.parametrize("room", MAY_KNOW)
+def test_the_inner_rooms_do_not_know_the_outer_ones(room: str) -> None:
+    files = [path for path in modules() if path.relative_to(PACKAGE).with_suffix("").parts[0] == room]
+    assert files, f"there is no room called {room}"
+    known = {name.split(".")[1] for path in files for name, _ in imported_names(path) if name.startswith("cel_dist.")}
+    assert known - {room} <= MAY_KNOW[room]

@@ -1,0 +1,139 @@
+"""The HTML report, from real files in a run folder."""
+
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from cel_dist.errors import CelError
+from cel_dist.report import write_report
+
+SPEAKERS = ("anna", "bert", "carl")
+
+
+def record_run(folder: Path) -> None:
+    """A run of 60 steps and its evaluation: 3 speakers of 4 utterances, and every pair of them a trial."""
+    records = [{"step": 0, "epoch": 0, "eer": 0.4012, "min_dcf": 0.99}]
+    for step in range(10, 61, 10):
+        loss = {"loss": 3 - step / 60, "similarity": 4.0, "uniformity": -1.0, "lr": 1e-3, "grad_norm": 2.0}
+        records.append({"step": step, "epoch": step // 30, **loss, "utterances_per_second": 90.0})
+    records.append({"step": 30, "epoch": 1, "eer": 0.0521, "min_dcf": 0.31})
+    records.append({"step": 60, "epoch": 2, "eer": 0.0634, "min_dcf": 0.35})
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+
+    evaluation = folder / "evaluation"
+    evaluation.mkdir()
+    names = [f"{speaker}/{number}.flac" for speaker in SPEAKERS for number in range(4)]
+    generator = np.random.default_rng(0)
+    embeddings = np.repeat(np.eye(3, 8), 4, axis=0) + generator.normal(0, 0.1, (12, 8))
+    np.savez(evaluation / "embeddings.npz", names=np.array(names), embeddings=embeddings.astype(np.float32))
+    lines = [
+        f"{int(i // 4 == j // 4)} {names[i]} {names[j]} {-np.linalg.norm(embeddings[i] - embeddings[j]):.6f}\n"
+        for i in range(12)
+        for j in range(i)
+    ]
+    (evaluation / "scores.txt").write_text("".join(lines))
+
+
+class Page(HTMLParser):
+    """Text, pictures and addresses of a page."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self.pictures: dict[str, str] = {}
+        self.addresses: list[str] = []
+        self.words: list[str] = []
+        self.source = path.read_text(encoding="utf-8")
+        self.feed(self.source)
+        self.text = " ".join(" ".join(self.words).split())
+
+    def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+        named = dict(attributes)
+        if tag == "img":
+            self.pictures[str(named["alt"])] = str(named["src"])
+        self.addresses += [str(named[name]) for name in ("src", "href") if name in named]
+
+    def handle_data(self, data: str) -> None:
+        self.words.append(data)
+
+
+def test_the_report_shows_the_numbers_of_the_run(tmp_path: Path) -> None:
+    record_run(tmp_path)
+    (tmp_path / "summary.json").write_text(
+        json.dumps({"seconds": 245.0, "utterances_per_second": 88.4, "model_uri": "models:/cel/3"})
+    )
+    (tmp_path / "config.yaml").write_text("train:\n  batch_size: 200\n")
+    path = write_report(tmp_path)
+    assert path == tmp_path / "report.html"
+    page = Page(path)
+    # The best evaluation is the one in the middle, not the last.
+    assert "40.12% EER before training" in page.text
+    assert "5.21% EER after 30 steps" in page.text
+    assert "best, step 30 EER 5.21%, minDCF 0.310" in page.text
+    assert "last, step 60 EER 6.34%, minDCF 0.350" in page.text
+    assert "4 min 05 s time 88 utterances per second" in page.text
+    assert "60 (epoch 2) last loss 2.0000 (similarity 4.0000, uniformity -1.0000)" in page.text
+    assert "18 same speaker, 48 different speakers, 12 utterances" in page.text
+    assert "models:/cel/3" in page.text
+    assert "batch_size: 200" in page.text
+    assert re.search(r"torch \d+\.\d+", page.text)
+    assert [entry.name for entry in tmp_path.iterdir() if entry.name.startswith(".")] == []
+
+
+def test_the_report_is_one_file_with_all_pictures_inside(tmp_path: Path) -> None:
+    record_run(tmp_path)
+    page = Page(write_report(tmp_path))
+    assert list(page.pictures) == ["Training", "Detection error trade-off", "Scores", "Map of held-out speakers"]
+    assert all(address.startswith("data:image/svg+xml;base64,") for address in page.addresses)
+    assert "url(" not in page.source
+    assert "@import" not in page.source
+    assert "<script" not in page.source
+
+
+def test_a_run_without_validation_has_curves_only(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_text('{"step": 10, "epoch": 0, "loss": 2.5}\n{"step": 20, "epoch": 0, "lo')
+    page = Page(write_report(tmp_path))
+    assert list(page.pictures) == ["Training"]
+    assert "last loss 2.5000" in page.text
+    assert "EER" not in page.text
+
+
+def test_what_a_user_wrote_is_shown_and_not_interpreted(tmp_path: Path) -> None:
+    record_run(tmp_path)
+    (tmp_path / "config.yaml").write_text("run:\n  name: <script>alert('x')</script>\n")
+    page = Page(write_report(tmp_path))
+    assert "<script" not in page.source
+    assert "<script>alert('x')</script>" in page.text
+
+
+def test_speakers_on_the_map_are_what_the_trials_say(tmp_path: Path) -> None:
+    from cel_dist.report import Scores, speakers_of
+
+    # One flat folder: the names tell nothing, the target trials do.
+    names = ["x1.wav", "x2.wav", "x3.wav", "x4.wav"]
+    scores = Scores(np.array([1, 0, 1]), ["x1.wav", "x1.wav", "x3.wav"], ["x4.wav", "x2.wav", "x4.wav"], np.zeros(3))
+    assert speakers_of(names, scores) == ["x1.wav", "x2.wav", "x1.wav", "x1.wav"]
+
+
+@pytest.mark.parametrize(
+    ("damage", "content", "message"),
+    [
+        ("metrics.jsonl", '{"step": 1, "epoch": 0}\nnonsense\n', r"metrics\.jsonl, line 2"),
+        ("summary.json", "{", r"summary\.json is not valid JSON"),
+        ("evaluation/scores.txt", "1 a.wav b.wav\n", r"scores\.txt has lines that are not"),
+        ("evaluation/embeddings.npz", "text", r"embeddings\.npz does not hold names and embeddings"),
+    ],
+)
+def test_a_damaged_file_is_named(damage: str, content: str, message: str, tmp_path: Path) -> None:
+    record_run(tmp_path)
+    (tmp_path / damage).write_text(content)
+    with pytest.raises(CelError, match=message):
+        write_report(tmp_path)
+
+
+def test_a_folder_without_a_run_is_named(tmp_path: Path) -> None:
+    with pytest.raises(CelError, match=r"cannot read .*metrics\.jsonl.*No such file"):
+        write_report(tmp_path)
