@@ -2,9 +2,9 @@
 
     python benchmarks/real_speech.py --shared ../shared --out runs/real_speech
 
-`--shared` is a folder with `data/` in it: `corpus/`, `train.txt`, `train_labelled.txt`, `noise/`, `rir/`, `trials.txt` and
-`trials_librispeech.txt`. Training sees audio only. Labels serve twice: some training speakers are taken out for validation,
-and the test lists are scored when training has ended. Writes results/real_speech.json and results/real_speech.md.
+`--shared` is a folder with `data/` in it: `corpus/`, `train.txt`, `train_labelled.txt`, `noise/`, `rir/`, `trials.txt`
+and `trials_librispeech.txt`. Training sees audio only. Labels serve twice: some training speakers are taken out for
+validation, and the test lists are scored when training has ended. Writes results/real_speech.json and .md.
 """
 
 import argparse

@@ -1,7 +1,7 @@
 """The configuration of a run: typed, checked, and the only description of what can be set.
 
-A YAML file holds what differs from the defaults below; `key=value` overrides use the same dotted paths. Every field says
-what it does in its description, and combinations that cannot work are refused in one place, `Config.check_combinations`.
+A YAML file holds what differs from the defaults below; `key=value` overrides use the same dotted paths. Every field
+says what it does in its description, and combinations that cannot work are refused in `Config.check_combinations`.
 """
 
 import difflib
@@ -43,7 +43,7 @@ class DataSection(Section):
     workers: Annotated[int, Field(ge=0)] = 1
     """Reader processes per rank; 0 reads in the training process."""
     short: Literal["drop", "overlap", "repeat"] = "drop"
-    """Utterances shorter than two segments: leave out, let their segments overlap, or repeat the audio until two fit."""
+    """Utterances shorter than two segments: leave out, let the segments overlap, or repeat the audio until two fit."""
     segment_frames: Annotated[int, Field(ge=16)] = 180
     """Length of a segment in frames of 10 ms; 180 frames are 29 040 samples."""
 
@@ -222,13 +222,13 @@ def load_config(path: str | Path, overrides: Iterable[str] = ()) -> Config:
         overrides: dotted assignments such as `train.batch_size=64`; values are YAML.
 
     Raises:
-        CelError: the file is missing or not a mapping, an override is malformed, a key is unknown (the nearest valid one
-            is named), a value has the wrong type or range, or two settings exclude each other.
+        CelError: the file is missing or not a mapping, an override is malformed, a key is unknown (the nearest valid
+            one is named), a value has the wrong type or range, or two settings exclude each other.
     """
     try:
         text = Path(path).read_text(encoding="utf-8")
     except OSError as error:
-        raise CelError(f"cannot read the configuration {path}: {error.strerror}; give the path of a YAML file") from None
+        raise CelError(f"cannot read the configuration {path}: {error.strerror}; name a YAML file") from None
     try:
         tree = yaml.safe_load(text)
     except yaml.YAMLError as error:

@@ -50,7 +50,8 @@ def run_demo(
 ) -> DemoResult:
     """Go through the whole system once.
 
-    What is there from an earlier demo in `out` (corpus, bank, shards) is used again; every call trains a run of its own.
+    What is there from an earlier demo in `out` (corpus, bank, shards) is used again; every call trains a run of its
+    own.
 
     Args:
         out: folder for everything that is made.

@@ -34,7 +34,8 @@ def start_process_group(world: World) -> torch.device:
     import deepspeed
 
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-    # Left alone, DeepSpeed compiles a shared-memory all-reduce for a minute when it first starts on a CPU. Gloo has one.
+    # Left alone, DeepSpeed compiles a shared-memory all-reduce for a minute when it first starts on a CPU. Gloo has
+    # one.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -97,7 +98,8 @@ class Engine:
         self._engine.backward(loss)
 
     def gradient_norm(self) -> Tensor:
-        """Norm of the averaged gradient over all parameters, a scalar that is the same on all ranks, before clipping."""
+        """Norm of the averaged gradient over all parameters, a scalar that is the same on all ranks, before
+        clipping."""
         gradients = self._gradients()
         total = torch.stack([gradient.float().square().sum() for gradient in gradients]).sum()
         if self._stage > 0:
@@ -114,14 +116,15 @@ class Engine:
             self.objective.get_submodule("loss").clamp_scale()  # type: ignore[operator]
 
     def synchronise_buffers(self) -> None:
-        """Replace batch-norm statistics by their mean over the ranks, because an engine never does and saves rank 0's."""
-        if self._world.size == 1:
-            return
+        """Replace batch-norm statistics by their mean over the ranks, because an engine never does and saves rank
+        0's."""
         buffers = [buffer for buffer in self.objective.buffers() if buffer.is_floating_point()]
+        if self._world.size == 1 or not buffers:
+            return
         packed = torch.cat([buffer.reshape(-1) for buffer in buffers])
         dist.all_reduce(packed)
-        packed /= self._world.size
-        for buffer, mean in zip(buffers, packed.split([buffer.numel() for buffer in buffers]), strict=True):
+        means = torch.split(packed / self._world.size, [buffer.numel() for buffer in buffers])
+        for buffer, mean in zip(buffers, means, strict=True):
             buffer.copy_(mean.view_as(buffer))
 
     def encoder_state(self) -> dict[str, Tensor]:
@@ -135,7 +138,7 @@ class Engine:
         """The loss's learnable scalars by name (w, b)."""
         loss = self.objective.get_submodule("loss")
         with self._whole(loss):
-            return {name: float(parameter) for name, parameter in loss.named_parameters()}
+            return {name: parameter.item() for name, parameter in loss.named_parameters()}
 
     def save(self, folder: Path) -> None:
         """Write engine and optimizer state into `folder`; every rank calls this."""

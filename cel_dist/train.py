@@ -1,4 +1,5 @@
-"""Entry point of a training process: `deepspeed --module cel_dist.train CONFIG [key=value ...] [--resume auto|DIR|none]`.
+"""Entry point of a training process: `deepspeed --module cel_dist.train CONFIG [key=value ...] [--resume
+auto|DIR|none]`.
 
 torchrun, Slurm and a plain `python -m cel_dist.train` start the same function; the world comes from the environment.
 """

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import torch
 from audio_tree import write_bank_audio, write_tree, write_trials
 
 from cel_dist.data.prepare import prepare
@@ -41,3 +42,9 @@ def small_corpus(tmp_path_factory: pytest.TempPathFactory) -> SmallCorpus:
     prepare_bank(write_bank_audio(folder / "bank_audio"), folder / "bank", workers=1)
     trials = write_trials(folder / "trials.txt", speakers=10, utterances=2)
     return SmallCorpus(audio, folder / "shards", folder / "bank", trials)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_thread() -> None:
+    """Tests start processes of their own; OpenMP threads that spin for a core they do not get slow all of them down."""
+    torch.set_num_threads(1)

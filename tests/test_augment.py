@@ -105,7 +105,7 @@ def test_the_room_gain_is_ten_to_the_tenth_of_g(bank, segments):
     quiet = {"noise_snr_db": (90, 90), "speech_snr_db": (90, 90), "music_snr_db": (90, 90)}
     low = augment(bank, segments, 3, rir_gain_db=(-7, -7), **quiet)
     high = augment(bank, segments, 3, rir_gain_db=(3, 3), **quiet)
-    ratio = (high.square().sum((-1)) / low.square().sum(-1)).sqrt()
+    ratio = (high.square().sum(-1) / low.square().sum(-1)).sqrt()
     torch.testing.assert_close(ratio, torch.full_like(ratio, 10.0), rtol=1e-3, atol=0)
 
 

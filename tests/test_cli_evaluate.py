@@ -1,7 +1,7 @@
 """`cel evaluate`, `cel embed`, `cel verify`, `cel import-published`, as a user calls them."""
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,15 +16,6 @@ from cel_dist.model import Calibration, EncoderDescription, ModelDescription, Sp
 
 EVALUATE = ("evaluate", "--model", "model", "--trials", "trials.txt", "--root", "audio")
 Cel = Callable[..., tuple[int, str, str]]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    # Threads that wait for each other on a busy machine make these small networks many times slower.
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture

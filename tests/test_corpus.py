@@ -1,6 +1,8 @@
 import csv
 import itertools
 import json
+import multiprocessing
+import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
@@ -146,13 +148,39 @@ def test_folder_with_other_files_is_refused_and_kept(tmp_path: Path) -> None:
     assert (tmp_path / "thesis.txt").read_text() == "precious"
 
 
-def test_failure_leaves_nothing_behind(tmp_path: Path) -> None:
+def test_interruption_leaves_nothing_behind(tmp_path: Path) -> None:
     def stop(done: int, total: int) -> None:
         if done == 2:
-            raise InterruptedError
+            raise KeyboardInterrupt
 
-    with pytest.raises(RunError, match="cannot write"):
+    with pytest.raises(KeyboardInterrupt):
         synthesise_corpus(tmp_path / "out", speakers=6, utterances=2, workers=1, progress=stop)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_death_of_a_process_is_a_runtime_failure_that_leaves_nothing_behind(tmp_path: Path) -> None:
+    def kill(done: int, total: int) -> None:
+        if done == 1:
+            multiprocessing.active_children()[0].kill()
+
+    with pytest.raises(RunError, match="a process of the speech synthesis died"):
+        synthesise_corpus(tmp_path / "out", speakers=6, utterances=2, workers=2, progress=kill)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_full_disk_is_a_runtime_failure_that_leaves_nothing_behind(tmp_path: Path) -> None:
+    # A limit on the size of a file fails a write as a full disk does.
+    script = (
+        "import resource, signal, sys; from cel_dist.cli.app import run; "
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN); "
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000)); sys.exit(run(sys.argv[1:]))"
+    )
+    arguments = ["corpus", "synth", "--out", str(tmp_path / "out"), "--speakers", "6", "--utterances", "2"]
+    command = [sys.executable, "-c", script, *arguments, "--workers", "1"]
+    outcome = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert outcome.returncode == 1
+    assert outcome.stderr.startswith("error: cannot write the corpus to")
+    assert outcome.stderr.count("\n") == 1
     assert list(tmp_path.iterdir()) == []
 
 
@@ -178,7 +206,7 @@ def test_numbers_out_of_range_are_refused(tmp_path: Path, arguments: dict[str, o
 
 def test_no_two_of_a_hundred_speakers_have_nearly_the_same_parameters() -> None:
     drawn = voices.draw_voices(116, seed=0)
-    assert min(voices.distance(first, second) for first, second in itertools.combinations(drawn, 2)) > 0.4
+    assert min(voices.distance(first, second) for first, second in itertools.combinations(drawn, 2)) > 0.7
     assert len({voice.variant for voice in drawn}) >= 30
     assert len({voice.accent for voice in drawn}) >= 6
 
@@ -193,16 +221,17 @@ def test_every_variant_and_accent_is_one_the_engine_knows() -> None:
 
 def test_speakers_sound_different_before_the_channel_and_alike_to_themselves() -> None:
     rng = np.random.default_rng(0)
-    texts = [sentences.compose(rng, 40) for _ in range(2)]
-    drawn = voices.draw_voices(30, seed=0)
+    texts = [sentences.compose(rng, 30) for _ in range(2)]
+    # Twice the number of timbres, so that every voice has a rival of the same timbre.
+    drawn = voices.draw_voices(76, seed=0)
     first, second = (
         np.array([long_term_spectrum(voices.speak(voice, text, voices.Delivery())) for voice in drawn])
         for text in texts
     )
-    # [30, 30] distance in dB between each speaker reading one text and each speaker reading the other.
+    # [76, 76] distance in dB between each speaker reading one text and each speaker reading the other.
     distance = np.sqrt(((first[:, None] - second[None]) ** 2).mean(axis=-1))
     others = distance + np.where(np.eye(len(drawn)), np.inf, 0)
-    assert (np.diag(distance) < others.min(axis=1)).mean() > 0.9
+    assert (np.diag(distance) < others.min(axis=1)).mean() > 0.97
 
 
 def test_formant_scale_moves_the_spectrum_and_leaves_pitch_and_length() -> None:
@@ -257,7 +286,7 @@ def test_missing_engine_is_named_with_its_remedy(tmp_path: Path, monkeypatch: py
 def test_sentences_vary() -> None:
     rng = np.random.default_rng(0)
     texts = [sentences.compose(rng, 10) for _ in range(500)]
-    assert len(set(texts)) == 500
+    assert len(set(texts)) > 490
     assert len({word for text in texts for word in text.lower().split()}) > 250
 
 

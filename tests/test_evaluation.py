@@ -2,7 +2,6 @@
 
 import json
 import logging
-from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
 
@@ -20,15 +19,6 @@ from cel_dist.evaluation import Trials, embed_files, evaluate, fit_calibration, 
 from cel_dist.model import EncoderDescription, ModelDescription, SpeakerModel, load_model
 
 DIMENSION = 32
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    # Threads that wait for each other on a busy machine make these small networks many times slower.
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

@@ -7,20 +7,19 @@ import os
 import sys
 from typing import Annotated, Any
 
-import click
 import typer
+from typer.exceptions import TyperException
 
 from cel_dist.errors import CelError, RunError
 
 app = typer.Typer(
     name="cel",
     help="Speaker embeddings from unlabelled speech.",
-    no_args_is_help=True,
     add_completion=True,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-corpus_app = typer.Typer(help="Make a corpus to work on.", no_args_is_help=True, rich_markup_mode=None)
+corpus_app = typer.Typer(help="Make a corpus to work on.", rich_markup_mode=None)
 app.add_typer(corpus_app, name="corpus")
 
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object, and nothing else, on stdout.")]
@@ -34,25 +33,22 @@ def emit(result: dict[str, Any], text: str, *, as_json: bool) -> None:
     print(json.dumps(result) if as_json else text)
 
 
-def run(arguments: list[str] | None = None) -> int:
-    """Run `cel` with `arguments` (default: those of the process) and return the exit code."""
+def run(arguments: list[str]) -> int:
+    """Run `cel` with `arguments` and return the exit code."""
     logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(message)s")
     for name in _COMMAND_MODULES:
         importlib.import_module(f"cel_dist.cli.{name}")
     try:
-        outcome = app(args=arguments, prog_name="cel", standalone_mode=False)
-        # click returns, rather than raises, the code of `typer.Exit` when it does not run stand-alone.
+        outcome = app(args=arguments or ["--help"], prog_name="cel", standalone_mode=False)
+        # The code of `typer.Exit` is returned, not raised, when typer does not run stand-alone.
         return outcome if isinstance(outcome, int) else 0
-    except click.exceptions.NoArgsIsHelpError as error:
-        print(error.format_message())
-        return 2
     except CelError as error:
         return _fail(str(error), 2)
-    except click.ClickException as error:
-        return _fail(error.format_message().replace("\n", " ") + " See 'cel --help'.", 2)
+    except TyperException as error:
+        return _fail(f"{error.format_message()}; see 'cel --help' and 'cel COMMAND --help'", 2)
     except RunError as error:
         return _fail(str(error), 1)
-    except (KeyboardInterrupt, click.Abort):
+    except (KeyboardInterrupt, typer.Abort):
         return _fail("interrupted", 130)
     except BrokenPipeError:
         # The reader went away (`cel ... | head`): nothing is left to say, and nobody to say it to.
@@ -61,10 +57,10 @@ def run(arguments: list[str] | None = None) -> int:
 
 
 def _fail(message: str, code: int) -> int:
-    print("error: " + message.replace("\n", " "), file=sys.stderr)
+    print("error: " + " ".join(message.split()), file=sys.stderr)
     return code
 
 
 def main() -> None:
     """Entry point of the installed script."""
-    sys.exit(run())
+    sys.exit(run(sys.argv[1:]))

@@ -8,7 +8,7 @@ import typer
 from cel_dist.cli.app import JsonOption, app, emit
 
 
-@app.command(epilog="Example: cel train configs/cel.yaml --nproc 2 data.shards=shards data.bank=bank run.dir=runs/first")
+@app.command(epilog="Example: cel train configs/small.yaml --nproc 2 data.shards=shards data.bank=bank run.dir=runs/a")
 def train(
     config: Annotated[Path, typer.Argument(help="YAML file; see configs/.")],
     overrides: Annotated[

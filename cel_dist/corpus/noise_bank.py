@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import soundfile
 from numpy.typing import NDArray
 
 from cel_dist.corpus import SAMPLE_RATE_HZ, music, noises, rooms, sentences, voices
+from cel_dist.corpus.flac import write_flac
 from cel_dist.corpus.randomness import generator
 from cel_dist.corpus.voices import Voice
 
@@ -53,7 +53,7 @@ def write_share(bank: Path, share: BankShare, *, seed: int, bank_voices: Sequenc
     for number in range(share.start, share.stop):
         rng = generator(seed, f"bank {share.kind}", number)
         name, wave = _draw(share.kind, number, rng, bank_voices)
-        soundfile.write(folder / f"{name}-{number:03d}.flac", wave, SAMPLE_RATE_HZ, subtype="PCM_16")
+        write_flac(folder / f"{name}-{number:03d}.flac", wave)
 
 
 def _draw(
@@ -80,7 +80,7 @@ def _talk(rng: np.random.Generator, bank_voices: Sequence[Voice], num_talkers: i
     mixture = np.zeros(_CLIP_SAMPLES)
     for place in rng.choice(len(bank_voices), num_talkers, replace=False):
         voice = bank_voices[place]
-        text = sentences.compose(rng, round(voice.rate_wpm / 60 * 5))
+        text = sentences.compose(rng, round(voice.rate_wpm / 60 * 6))
         talk = voices.speak(voice, text, voices.Delivery())
         turns = np.roll(np.resize(talk, max(len(talk), _CLIP_SAMPLES)), -int(rng.integers(len(talk))))
         mixture += turns[:_CLIP_SAMPLES] / talk.std() * 10 ** rng.uniform(-0.3, 0)

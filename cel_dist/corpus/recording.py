@@ -4,11 +4,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import soundfile
 from numpy.typing import NDArray
 
 from cel_dist.corpus import SAMPLE_RATE_HZ, sentences, voices
 from cel_dist.corpus.channel import Channel, draw_channel
+from cel_dist.corpus.flac import write_flac
 from cel_dist.corpus.randomness import generator
 from cel_dist.corpus.voices import Voice
 
@@ -16,7 +16,7 @@ NUM_SESSIONS = 2
 # Two training segments of 29 040 samples need 3.63 s.
 MIN_SECONDS = 3.8
 MAX_SECONDS = 7.0
-_TARGET_SECONDS = (1.5, 3.0)
+_TARGET_SECONDS = (3.6, 4.6)
 _FADE_SAMPLES = 400
 # Everyday variation of one person's voice: the standard deviations of the logarithm of a session's and an utterance's
 # factor on pitch, and of an utterance's factor on rate.
@@ -68,7 +68,7 @@ def record_speaker(speech: Path, speaker: Speaker, *, utterances: int, seed: int
             rng = generator(seed, "utterance", speaker.number, number)
             wave = _record(speaker.voice, channel, pitch, rng)
             path = folder / f"{speaker.name}-s{session + 1}-{number:03d}.flac"
-            soundfile.write(path, wave, SAMPLE_RATE_HZ, subtype="PCM_16")
+            write_flac(path, wave)
             recordings.append(
                 Recording(path.relative_to(speech).as_posix(), speaker.name, folder.name, speaker.split, len(wave))
             )

@@ -83,6 +83,8 @@ def _statement(pick: _Pick) -> str:
 
 
 _PATTERNS: tuple[Callable[[_Pick], str], ...] = (
+    lambda pick: f"{pick(_PEOPLE)} {pick(_DEEDS)} {pick(_THINGS)}.",
+    lambda pick: f"{pick(_THINGS)} was {pick(_JUDGEMENTS)}.",
     lambda pick: f"{_statement(pick)}.",
     lambda pick: f"{pick(_TIMES)}, {pick(_PEOPLE)} {pick(_DEEDS)} {pick(_THINGS)}.",
     lambda pick: f"{_statement(pick)} {pick(_REASONS)}.",

@@ -15,8 +15,6 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 
-import soundfile
-
 from cel_dist.corpus import SAMPLE_RATE_HZ, espeak, noise_bank
 from cel_dist.corpus.listing import write_lists
 from cel_dist.corpus.randomness import generator
@@ -159,6 +157,16 @@ def _draw_people(parameters: _Parameters) -> tuple[list[Speaker], list[Voice]]:
     return people, voices[parameters.speakers :]
 
 
+def read_corpus(folder: Path) -> CorpusResult | None:
+    """The corpus that `synthesise_corpus` made in `folder`; None if it is anything else."""
+    try:
+        marker = json.loads((folder / _MARKER).read_text(encoding="utf-8"))
+        seconds_audio = marker.pop("seconds_audio")
+        return _result(folder, _Parameters(**marker), float(seconds_audio), reused=True)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
+
+
 def _find_finished(out: Path, parameters: _Parameters) -> CorpusResult | None:
     """The corpus in `out`, None if nothing is there. Raises CelError if it is anything else."""
     if not out.exists():
@@ -216,7 +224,7 @@ def _staging(out: Path) -> Iterator[Path]:
         os.umask(umask)
         folder.chmod(0o777 & ~umask)
         folder.replace(out)
-    except (OSError, soundfile.LibsndfileError) as error:
+    except OSError as error:
         raise RunError(f"cannot write the corpus to {out}: {error}; check the free space and the rights") from error
     finally:
         shutil.rmtree(folder, ignore_errors=True)

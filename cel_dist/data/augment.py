@@ -1,7 +1,8 @@
 """Augmentation on the training device: rooms by FFT convolution, noise at an SNR, for a whole batch at once.
 
-Ranges and profiles are those of the published recipe (Mun et al. 2020, section 4). What differs is that every choice comes
-from a generator placed at (seed, epoch, step), so that no two epochs repeat each other's and a resumed run repeats its own.
+Ranges and profiles are those of the published recipe (Mun et al. 2020, section 4). What differs is that every choice
+comes from a generator placed at (seed, epoch, step), so that no two epochs repeat each other's and a resumed run
+repeats its own.
 """
 
 from dataclasses import dataclass
@@ -150,7 +151,8 @@ def at_snr(noise: Tensor, speech: Tensor, snr_db: Tensor) -> Tensor:
     speech_power = speech.square().mean(dim=-1) + POWER_FLOOR
     noise_power = noise.square().mean(dim=-1) + POWER_FLOOR
     factor = torch.sqrt(speech_power / noise_power * 10.0 ** (-snr_db / 10.0))
-    return noise * factor[:, None]
+    scaled: Tensor = noise * factor[:, None]
+    return scaled
 
 
 def _pick(fraction: np.ndarray, count: int) -> np.ndarray:

@@ -36,17 +36,17 @@ class PlannedBatch:
 class Plan:
     """The order of all epochs over N utterances.
 
-    Every utterance that is long enough appears at most once an epoch. The remainder that does not fill a batch is left out
-    of that epoch; the order of the next one leaves out others. Ranks and workers only slice what this class returns, so
-    they never change it.
+    Every utterance that is long enough appears at most once an epoch. The remainder that does not fill a batch is left
+    out of that epoch; the order of the next one leaves out others. Ranks and workers only slice what this class
+    returns, so they never change it.
 
     Args:
         num_samples: [N] int64, length of each utterance in audio samples.
         segment_samples: length T of a segment in audio samples.
         batch_size: utterances K in a global batch.
         short: what happens to utterances shorter than 2 T. `drop` leaves them out. `overlap` lets their two segments
-            overlap, no more than they must, and leaves out what is shorter than T. `repeat` repeats their audio until two
-            segments fit.
+            overlap, no more than they must, and leaves out what is shorter than T. `repeat` repeats their audio until
+            two segments fit.
         seed: seed of order and segments.
 
     Raises:
@@ -69,8 +69,9 @@ class Plan:
         self.steps_per_epoch = len(self._usable) // batch_size
         if self.steps_per_epoch == 0:
             raise CelError(
-                f"train.batch_size={batch_size} is larger than the data: {len(self._usable)} of {len(self._num_samples)} "
-                f"utterances are long enough (data.short={short}, two segments are {2 * segment_samples / 16000:.2f} s); "
+                f"train.batch_size={batch_size} is larger than the data: {len(self._usable)} of "
+                f"{len(self._num_samples)} utterances are long enough (data.short={short}, two segments are "
+                f"{2 * segment_samples / 16000:.2f} s); "
                 "lower the batch size, prepare more audio, or set data.short=overlap or repeat"
             )
         self._order: tuple[int, np.ndarray] | None = None
@@ -106,5 +107,5 @@ class Plan:
         slack = length - 2 * segment
         starts = np.floor(fractions * (np.maximum(slack, 0) + 1)[:, None]).astype(np.int64)
         starts[:, 1] += np.where(slack < 0, length - segment, segment)
-        starts[second_first] = starts[second_first, ::-1]
-        return starts
+        ordered: np.ndarray = np.where(second_first[:, None], starts[:, ::-1], starts)
+        return ordered

@@ -62,7 +62,8 @@ def read_list(list_file: Path, source: Path) -> list[str]:
         lines[path] = number
     if not lines:
         raise CelError(f"the list {list_file} names no file; write one path, relative to {source}, a line")
-    missing = [path for path in lines if not os.path.isfile(source / path)]
+    # os.path, not pathlib: a list may name a million files.
+    missing = [path for path in lines if not os.path.isfile(os.path.join(source, path))]
     if missing:
         raise CelError(
             f"{len(missing)} of the {len(lines)} files in {list_file} do not exist, the first is {missing[0]} in line "

@@ -40,7 +40,8 @@ class SegmentBatch:
 
 
 class SegmentReader:
-    """Cuts planned segments out of shards on a local file system: one `pread` an utterance, decoding only the segments."""
+    """Cuts planned segments out of shards on a local file system: one `pread` an utterance, decoding only the
+    segments."""
 
     def __init__(self, shards: ShardFolder, segment_samples: int) -> None:
         self._shards = shards
@@ -52,7 +53,8 @@ class SegmentReader:
         """Read the two segments of every utterance of a planned batch.
 
         Raises:
-            RunError: a member cannot be read or decoded; names shard and byte offset, and the command that finds out more.
+            RunError: a member cannot be read or decoded; names shard and byte offset, and the command that finds out
+                more.
         """
         segments = np.empty((len(planned.ids), 2, self._segment_samples), dtype=np.int16)
         # Reading in the order of the bytes on disk spares a spinning or networked disk the seeks within a batch.

@@ -1,6 +1,8 @@
 """Evaluation of a model on a list of trials."""
 
+import io
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,7 @@ from cel_dist.metrics import eer, eer_threshold, min_dcf
 from cel_dist.model import SpeakerModel
 
 SCORES_FILE = "scores.txt"
+EMBEDDINGS_FILE = "embeddings.npz"
 DET_FILE = "det.png"
 HISTOGRAM_FILE = "scores.png"
 
@@ -66,32 +69,38 @@ class Evaluation:
         }
 
     def write(self, folder: str | os.PathLike[str]) -> dict[str, Path]:
-        """Write `scores.txt` (lines `label enrol test score`), `det.png` and `scores.png`.
+        """Write what `write_scores` does, and the pictures `det.png` and `scores.png`.
 
         Returns:
-            The paths under `scores`, `det` and `histogram`.
+            The paths under `scores`, `embeddings`, `det` and `histogram`.
 
         Raises:
             RunError: the folder cannot be written.
         """
         from cel_dist.evaluation import plots
 
-        folder = Path(folder)
-        contents = {
-            "scores": (SCORES_FILE, self._score_lines().encode()),
+        pictures = {
             "det": (DET_FILE, plots.det_plot({"": (self.scores, self.labels)})),
             "histogram": (HISTOGRAM_FILE, plots.score_histogram(self.scores, self.labels, threshold=self.threshold)),
         }
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            for name, content in contents.values():
-                with atomic_write(folder / name) as stream:
-                    stream.write(content)
-        except OSError as error:
-            raise RunError(
-                f"cannot write the evaluation to {folder}: {error.strerror}; check space and permissions"
-            ) from error
-        return {kind: folder / name for kind, (name, _) in contents.items()}
+        return {**self.write_scores(folder), **_write_files(Path(folder), pictures)}
+
+    def write_scores(self, folder: str | os.PathLike[str]) -> dict[str, Path]:
+        """Write `scores.txt` (lines `label enrol test score`) and `embeddings.npz` (`names` [N], `embeddings`).
+
+        Returns:
+            The paths under `scores` and `embeddings`.
+
+        Raises:
+            RunError: the folder cannot be written.
+        """
+        packed = io.BytesIO()
+        np.savez(packed, names=np.array(self.trials.files), embeddings=self.embeddings)
+        contents = {
+            "scores": (SCORES_FILE, self._score_lines().encode()),
+            "embeddings": (EMBEDDINGS_FILE, packed.getvalue()),
+        }
+        return _write_files(Path(folder), contents)
 
     def _score_lines(self) -> str:
         files = self.trials.files
@@ -103,6 +112,19 @@ class Evaluation:
             strict=True,
         )
         return "".join(f"{label} {files[enrol]} {files[test]} {score:.8f}\n" for label, enrol, test, score in rows)
+
+
+def _write_files(folder: Path, contents: Mapping[str, tuple[str, bytes]]) -> dict[str, Path]:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, content in contents.values():
+            with atomic_write(folder / name) as stream:
+                stream.write(content)
+    except OSError as error:
+        raise RunError(
+            f"cannot write the evaluation to {folder}: {error.strerror}; check space and permissions"
+        ) from error
+    return {kind: folder / name for kind, (name, _) in contents.items()}
 
 
 def evaluate(

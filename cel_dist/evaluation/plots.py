@@ -112,7 +112,7 @@ def score_histogram(
         if threshold is not None:
             axes.axvline(threshold, color=_GREY, linestyle="--", linewidth=1.2, label=f"threshold {threshold:.3f}")
         axes.set(xlabel="score (minus the distance of the embeddings)", ylabel="density")
-        figure.legend(loc="outside upper left", ncols=3, fontsize=9, columnspacing=1.2, handlelength=1.4)
+        figure.legend(loc="outside upper left", ncols=2, fontsize=9, columnspacing=1.2, handlelength=1.4)
         return _render(figure, picture)
 
 

@@ -52,7 +52,8 @@ class CheckpointStore:
         folder: where they lie.
         world: this process's place; all ranks call `save` and `load` together.
         keep_last: number of newest checkpoints to keep, besides the best one.
-        signature: what a checkpoint must agree in with the run that continues from it: encoder, loss and engine settings.
+        signature: what a checkpoint must agree in with the run that continues from it: encoder, loss and engine
+            settings.
     """
 
     def __init__(self, folder: Path, world: World, keep_last: int, signature: dict[str, Any]) -> None:

@@ -14,8 +14,8 @@ class Objective(nn.Module):
     Args:
         encoder: [n, 40, F] to [n, D].
         loss: the equilibrium loss over all ranks.
-        views: `separate` passes the views one by one, so that batch norm normalises each by its own statistics, as in the
-            published implementation; `joint` passes them together.
+        views: `separate` passes the views one by one, so that batch norm normalises each by its own statistics, as in
+            the published implementation; `joint` passes them together.
     """
 
     def __init__(self, encoder: nn.Module, loss: EquilibriumLoss, views: Literal["separate", "joint"]) -> None:
@@ -31,5 +31,5 @@ class Objective(nn.Module):
             embeddings = self.encoder(features.flatten(0, 1)).unflatten(0, (-1, num_views))
         else:
             embeddings = torch.stack([self.encoder(features[:, view]) for view in range(num_views)], dim=1)
-        output: LossOutput = self.loss(embeddings.float())
+        output: LossOutput = self.loss(embeddings)
         return output

@@ -8,6 +8,7 @@ import time
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -152,7 +153,7 @@ class Trainer:
         begin = time.perf_counter()
         self._announce()
         first_step, step_seconds = self.state.step, 0.0
-        status = "FAILED"
+        status: Literal["FINISHED", "FAILED", "KILLED"] = "FAILED"
         try:
             if self.state.step == 0 and self.config.eval.at_start:
                 self._validate()
@@ -208,7 +209,7 @@ class Trainer:
             segments, epoch=batch.epoch, step=batch.step, rows=self.rows, batch_size=self.config.train.batch_size
         )
         features: Tensor = self.features(waves.flatten(0, 1))
-        return features.unflatten(0, waves.shape[:2])
+        return features.reshape(*waves.shape[:2], *features.shape[1:])
 
     def _check_finite(self, loss: Tensor, gradient_norm: Tensor, batch: SegmentBatch) -> None:
         # Both are the same on all ranks, so all of them stop, before the optimizer is touched.
@@ -252,6 +253,7 @@ class Trainer:
         best = model.calibrate(result.threshold, result.calibration)
         best.description.training.metrics = {"eer": result.eer, "min_dcf": result.min_dcf["0.05"]}
         best.save(self.run_dir / "model")
+        result.write_scores(self.run_dir / "evaluation")
 
     def _save_checkpoint(self) -> None:
         self.checkpoints.save(self.engine, self._model(), self.state, self.config_text)
@@ -304,8 +306,8 @@ class Trainer:
         if resume == "none":
             if complete:
                 raise CelError(
-                    f"{self.run_dir} already holds a run (up to {complete[-1].name}); choose another run.dir, or continue "
-                    "it with --resume auto"
+                    f"{self.run_dir} already holds a run (up to {complete[-1].name}); choose another run.dir, or "
+                    "continue it with --resume auto"
                 )
             return TrainState()
         if resume != "auto":
