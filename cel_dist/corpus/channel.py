@@ -53,12 +53,12 @@ def draw_channel(rng: np.random.Generator) -> Channel:
     find the speaker across sessions.
     """
     equaliser = _minimum_phase(_equaliser_db(rng))
-    room = rooms.draw_response(rng, t60_seconds=rng.uniform(0.12, 0.4), max_seconds=0.25)
+    room = rooms.draw_response(rng, t60_seconds=rng.uniform(0.1, 0.3), distance_meters=(0.2, 0.8), max_seconds=0.25)
     noise = _minimum_phase(_noise_db(rng))
     return Channel(
         response=signal.fftconvolve(room, equaliser).astype(np.float32),
         noise_response=signal.fftconvolve(noise, equaliser).astype(np.float32),
-        snr_db=float(rng.uniform(14, 32)),
+        snr_db=float(rng.uniform(18, 36)),
         level_dbfs=float(rng.uniform(-32, -20)),
     )
 
@@ -74,11 +74,11 @@ def _rms(wave: NDArray[np.float32]) -> float:
 
 def _equaliser_db(rng: np.random.Generator) -> NDArray[np.float64]:
     """[bins] gain in dB: a tilt, three broad bells, and the two edges of the band."""
-    gain = rng.uniform(-3, 3) * _OCTAVES
+    gain = rng.uniform(-2, 2) * _OCTAVES
     for _ in range(3):
         centre, width = rng.uniform(np.log2(0.15), np.log2(6)), rng.uniform(0.4, 1.2)
-        gain += rng.uniform(-8, 8) * np.exp(-0.5 * ((_OCTAVES - centre) / width) ** 2)
-    low_edge_hz, high_edge_hz = rng.uniform(50, 300), rng.choice([3400.0, rng.uniform(4000, 7800)], p=[0.25, 0.75])
+        gain += rng.uniform(-5, 5) * np.exp(-0.5 * ((_OCTAVES - centre) / width) ** 2)
+    low_edge_hz, high_edge_hz = rng.uniform(40, 200), rng.uniform(4500, 7800)
     gain -= 10 * np.log10(1 + (low_edge_hz / np.maximum(_BINS_HZ, 10)) ** 4)
     gain -= 10 * np.log10(1 + (_BINS_HZ / high_edge_hz) ** 16)
     floored: NDArray[np.float64] = np.maximum(gain, -50)

@@ -13,12 +13,19 @@ _MIXING_SECONDS = 0.03
 _IMAGE_ORDER = 5
 
 
-def draw_response(rng: np.random.Generator, *, t60_seconds: float, max_seconds: float = 0.9) -> NDArray[np.float32]:
+def draw_response(
+    rng: np.random.Generator,
+    *,
+    t60_seconds: float,
+    distance_meters: tuple[float, float] = (0.3, 2.5),
+    max_seconds: float = 0.9,
+) -> NDArray[np.float32]:
     """Draw a rectangular room, a source and a microphone in it.
 
     Args:
         rng: draws size, places and the diffuse tail.
         t60_seconds: time in which the energy decays by 60 dB.
+        distance_meters: range of the distance between source and microphone.
         max_seconds: longest response; it ends earlier where 50 dB of decay are reached.
 
     Returns:
@@ -26,7 +33,7 @@ def draw_response(rng: np.random.Generator, *, t60_seconds: float, max_seconds: 
     """
     length = int(min(max_seconds, t60_seconds * 50 / 60 + 0.01) * SAMPLE_RATE_HZ) + _DIRECT_SAMPLE
     response = np.zeros(length)
-    delays, gains = _images(rng, t60_seconds)
+    delays, gains = _images(rng, t60_seconds, distance_meters)
     places = np.rint(delays * SAMPLE_RATE_HZ).astype(int) + _DIRECT_SAMPLE
     early = (delays < _MIXING_SECONDS) & (places < length)
     np.add.at(response, places[early], gains[early])
@@ -35,7 +42,9 @@ def draw_response(rng: np.random.Generator, *, t60_seconds: float, max_seconds: 
     return scaled
 
 
-def _images(rng: np.random.Generator, t60_seconds: float) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+def _images(
+    rng: np.random.Generator, t60_seconds: float, distance_meters: tuple[float, float]
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Delays after the direct sound in seconds, and amplitudes relative to it, of all image sources.
 
     Allen and Berkley, Image method for efficiently simulating small-room acoustics, JASA 65(4), 1979. The amplitude of
@@ -44,7 +53,7 @@ def _images(rng: np.random.Generator, t60_seconds: float) -> tuple[NDArray[np.fl
     size = rng.uniform([2.5, 2.5, 2.3], [9.0, 7.0, 3.5])
     microphone = rng.uniform(0.3, size - 0.3)
     direction = rng.standard_normal(3)
-    away = rng.uniform(0.3, 2.5) * direction / np.linalg.norm(direction)
+    away = rng.uniform(*distance_meters) * direction / np.linalg.norm(direction)
     source = np.clip(microphone + away, 0.2, size - 0.2)
 
     surface = 2 * (size[0] * size[1] + size[1] * size[2] + size[0] * size[2])

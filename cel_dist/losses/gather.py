@@ -40,12 +40,16 @@ def check_equal_rows(x: Tensor, group: dist.ProcessGroup | None) -> None:
     if group is None or dist.get_world_size(group) == 1:
         return
     shapes = x.new_empty((dist.get_world_size(group), x.ndim), dtype=torch.int64)
-    dist.all_gather_into_tensor(shapes, torch.tensor([x.shape], device=x.device), group=group)
+    _all_gather(shapes, torch.tensor([x.shape], device=x.device), group=group)
     if bool((shapes != shapes[0]).any()):
         found = ", ".join(f"rank {rank} {shape}" for rank, shape in enumerate(shapes.tolist()))
         raise CelError(
             f"the ranks hold rows of different shape [B, V, D]: {found}; give every rank the same number of utterances"
         )
+
+
+# The newer name of the same collective; the older one warns from torch 2.13 on.
+_all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
 
 
 class _GatherRows(torch.autograd.Function):
@@ -56,7 +60,7 @@ class _GatherRows(torch.autograd.Function):
         ctx.own = slice(first, first + len(x))
         ctx.world_size = world_size
         rows = x.new_empty((world_size * len(x), *x.shape[1:]))
-        dist.all_gather_into_tensor(rows, x.contiguous(), group=group)
+        _all_gather(rows, x.contiguous(), group=group)
         return rows
 
     @staticmethod
