@@ -25,8 +25,8 @@ def launcher_command(
     Args:
         config: YAML file.
         overrides: `key=value` settings.
-        num_ranks: processes on each node; None leaves it to the launcher (one an accelerator, or what the hostfile
-        says). hostfile: the nodes, one `name slots=N` a line; None is this machine alone.
+        num_ranks: processes on each node; None leaves it to the launcher (one an accelerator, or as the hostfile says).
+        hostfile: the nodes, one `name slots=N` a line; None is this machine alone.
         resume: as in `cel_dist.training.trainer.train`.
     """
     command = [sys.executable, "-m", "deepspeed.launcher.runner"]

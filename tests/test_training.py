@@ -74,8 +74,11 @@ def test_cel_train_through_the_launcher_leaves_a_whole_run(config, small_corpus,
         train={"max_steps": 3},
     )
     done = subprocess.run(
-        [*CEL, "train", str(file), "--nproc", "2", "--json"], capture_output=True, text=True, env=ENVIRONMENT,
-        check=False
+        [*CEL, "train", str(file), "--nproc", "2", "--json"],
+        capture_output=True,
+        text=True,
+        env=ENVIRONMENT,
+        check=False,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     summary = json.loads(done.stdout)
@@ -84,8 +87,9 @@ def test_cel_train_through_the_launcher_leaves_a_whole_run(config, small_corpus,
     assert 0 <= summary["eer"] <= summary["eer_before"] <= 1
     rows = metrics(run)
     assert [row["step"] for row in rows if "eer" in row] == [0, 3]
-    assert all(set(LOSSES) | {"epoch", "utterances_per_second", "data_wait"} <= set(row) for row in rows if "loss" in
-    row)
+    assert all(
+        set(LOSSES) | {"epoch", "utterances_per_second", "data_wait"} <= set(row) for row in rows if "loss" in row
+    )
     assert yaml.safe_load((run / "config.yaml").read_text())["loss"]["pairs"] == "pon"
     assert "<html" in (run / "report.html").read_text()
     model = load_model(run)
@@ -102,9 +106,17 @@ def test_every_launcher_starts_the_same_training(config, tmp_path, launcher):
     file = config(launcher, train={"max_steps": 2})
     scripts, port = Path(sys.executable).parent, str(free_port())
     command = {
-        "deepspeed": [scripts / "deepspeed", "--num_accelerators", "2", "--master_port", port, "--module",
-        "cel_dist.train"], "torchrun": [scripts / "torchrun", "--nproc_per_node", "2", "--master_port", port, "-m",
-        "cel_dist.train"], "plain": [sys.executable, "-m", "cel_dist.train"],
+        "deepspeed": [
+            scripts / "deepspeed",
+            "--num_accelerators",
+            "2",
+            "--master_port",
+            port,
+            "--module",
+            "cel_dist.train",
+        ],
+        "torchrun": [scripts / "torchrun", "--nproc_per_node", "2", "--master_port", port, "-m", "cel_dist.train"],
+        "plain": [sys.executable, "-m", "cel_dist.train"],
     }[launcher]
     # The launchers look for the python beside them.
     environment = {**ENVIRONMENT, "PATH": f"{scripts}{os.pathsep}{os.environ['PATH']}"}

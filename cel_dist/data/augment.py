@@ -143,7 +143,8 @@ def convolve(wave: Tensor, response: Tensor) -> Tensor:
     # A length with small prime factors: the exact length T + R - 1 may be prime, where an FFT is several times slower.
     size = next_fast_len(num_samples + response.shape[-1] - 1, real=True)
     spectrum = torch.fft.rfft(wave, size) * torch.fft.rfft(response, size)
-    return torch.fft.irfft(spectrum, size)[..., :num_samples]
+    wet: Tensor = torch.fft.irfft(spectrum, size)[..., :num_samples]
+    return wet
 
 
 def at_snr(noise: Tensor, speech: Tensor, snr_db: Tensor) -> Tensor:
