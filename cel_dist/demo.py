@@ -20,8 +20,8 @@ Progress = Callable[[int, int], None]
 
 NUM_SPEAKERS = 100
 UTTERANCES_EACH = 12
-# Ends after about six passes over the embedded training set: five minutes on two slow cores.
-MAX_STEPS = 120
+# More than four passes over the embedded training set: three to four minutes on two cores.
+MAX_STEPS = 100
 BATCH_SIZE = 40
 MODEL_NAME = "cel-demo"
 

@@ -61,6 +61,15 @@ class World:
         return slice(self.rank * share, (self.rank + 1) * share)
 
 
+def let_idle_threads_sleep() -> None:
+    """Have OpenMP threads sleep while they wait; to be called before torch is imported.
+
+    They spin by default. On a machine whose cores are all in use, as by the ranks of a run, a thread that spins keeps
+    the very thread from its core that it waits for: an evaluation of seconds was seen to take minutes.
+    """
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+
 def free_port() -> int:
     """A TCP port of this machine that nobody listens on at this moment."""
     with socket.socket() as probe:

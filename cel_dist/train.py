@@ -10,6 +10,7 @@ import os
 import sys
 
 from cel_dist.config import load_config
+from cel_dist.distributed import let_idle_threads_sleep
 from cel_dist.errors import CelError, RunError
 
 
@@ -24,6 +25,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_intermixed_args(arguments)
     is_main = os.environ.get("RANK", "0") == "0"
     logging.basicConfig(level=logging.INFO if is_main else logging.WARNING, format="%(message)s", stream=sys.stderr)
+    let_idle_threads_sleep()
     try:
         config = load_config(options.config, options.overrides)
         from cel_dist.training.trainer import train

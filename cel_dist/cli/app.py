@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import typer
 from typer.exceptions import TyperException
 
+from cel_dist.distributed import let_idle_threads_sleep
 from cel_dist.errors import CelError, RunError
 
 app = typer.Typer(
@@ -36,6 +37,7 @@ def emit(result: dict[str, Any], text: str, *, as_json: bool) -> None:
 def run(arguments: list[str]) -> int:
     """Run `cel` with `arguments` and return the exit code."""
     logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(message)s")
+    let_idle_threads_sleep()
     for name in _COMMAND_MODULES:
         importlib.import_module(f"cel_dist.cli.{name}")
     try:
