@@ -101,36 +101,32 @@ def test_cel_train_through_the_launcher_leaves_a_whole_run(config, small_corpus,
     assert (tmp_path / "mlflow.db").exists()
 
 
-@pytest.mark.parametrize("launcher", ["deepspeed", "torchrun", "plain"])
-def test_every_launcher_starts_the_same_training(config, tmp_path, launcher):
-    file = config(launcher, train={"max_steps": 2})
-    scripts, port = Path(sys.executable).parent, str(free_port())
-    command = {
-        "deepspeed": [
-            scripts / "deepspeed",
-            "--num_accelerators",
-            "2",
-            "--master_port",
-            port,
-            "--module",
-            "cel_dist.train",
-        ],
-        "torchrun": [scripts / "torchrun", "--nproc_per_node", "2", "--master_port", port, "-m", "cel_dist.train"],
-        "plain": [sys.executable, "-m", "cel_dist.train"],
-    }[launcher]
-    # The launchers look for the python beside them.
+def test_every_launcher_starts_the_same_training(config, tmp_path):
+    scripts = Path(sys.executable).parent
+    commands = {
+        "deepspeed": ["deepspeed", "--num_accelerators", "2", "--master_port", str(free_port())],
+        "torchrun": ["torchrun", "--nproc_per_node", "2", "--master_port", str(free_port())],
+    }
+    # torchrun looks for the python beside it.
     environment = {**ENVIRONMENT, "PATH": f"{scripts}{os.pathsep}{os.environ['PATH']}"}
-    done = subprocess.run([*command, str(file)], capture_output=True, text=True, env=environment, check=False)
+    for launcher, (script, *options) in commands.items():
+        file = config(launcher, train={"max_steps": 2})
+        command = [scripts / script, *options, "--module", "cel_dist.train", str(file)]
+        done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+        assert done.returncode == 0, done.stderr[-3000:]
+    assert set(losses(tmp_path / "deepspeed")) == {1, 2}
+    assert losses(tmp_path / "deepspeed") == losses(tmp_path / "torchrun")
+
+
+def test_one_process_without_a_launcher_trains(config, tmp_path):
+    command = [sys.executable, "-m", "cel_dist.train", str(config(train={"max_steps": 1}))]
+    done = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
-    run = tmp_path / launcher
-    size = 1 if launcher == "plain" else 2
-    run_world(size, train_job, config("reference", train={"max_steps": 2}), folder=tmp_path / "world")
-    assert losses(run) == losses(tmp_path / "reference")
+    assert set(losses(tmp_path / "run")) == {1}
 
 
-@pytest.mark.parametrize("stage", [0, 2])
-def test_a_resumed_run_is_bit_identical_to_an_uninterrupted_one(config, tmp_path, stage):
-    sections = {"train": {"epochs": 2, "max_steps": 6}, "engine": {"zero_stage": stage}}
+def test_a_resumed_run_is_bit_identical_to_an_uninterrupted_one(config, tmp_path):
+    sections = {"train": {"epochs": 2, "max_steps": 6}, "engine": {"zero_stage": 2}}
     run_world(2, train_job, config("whole", **sections), folder=tmp_path / "1")
     part = config("part", **sections)
     run_world(2, train_job, part, ["train.max_steps=3"], folder=tmp_path / "2")
@@ -187,12 +183,8 @@ def test_training_starts_from_the_encoder_that_it_is_given(config, tmp_path):
 @pytest.mark.parametrize(
     ("setting", "message"),
     [
-        ({"train": {"batch_size": 9}}, "does not divide by 2 ranks"),
-        ({"train": {"batch_size": 400}}, "is larger than the data"),
         ({"encoder": {"name": "fast_resnet43"}}, "did you mean 'fast_resnet34'"),
         ({"data": {"shards": "nowhere"}}, "there is no folder of shards at nowhere"),
-        ({"eval": {"trials": "nowhere.txt", "root": "."}}, "nowhere.txt"),
-        ({"encoder": {"init": "nowhere"}}, "there is no model at nowhere"),
     ],
 )
 def test_settings_that_do_not_fit_are_refused_by_every_rank(config, tmp_path, setting, message):
