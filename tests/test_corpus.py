@@ -14,7 +14,7 @@ import soundfile
 from cel_dist.cli.app import run
 from cel_dist.corpus import espeak, music, noises, rooms, sentences, voices
 from cel_dist.corpus.channel import draw_channel
-from cel_dist.corpus.synth import CorpusResult, synthesise_corpus
+from cel_dist.corpus.synth import CorpusResult, read_corpus, synthesise_corpus
 from cel_dist.corpus.trials import Trial, Utterance, count_target_pairs, draw_trials, write_trials
 from cel_dist.errors import CelError, RunError
 
@@ -448,3 +448,13 @@ def test_command_prints_one_json_object(corpus: CorpusResult, capsys: pytest.Cap
 def test_command_ends_with_one_line_and_exit_code_two(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["corpus", "synth", "--out", str(tmp_path / "out"), "--speakers", "3"]) == 2
     assert capsys.readouterr().err == "error: speakers is 3; use 6 to 2000, of whom some are held out\n"
+
+
+def test_a_finished_corpus_is_recognised_and_nothing_else_is(corpus: CorpusResult, tmp_path: Path) -> None:
+    found = read_corpus(corpus.out)
+    assert found is not None
+    assert (found.train_list, found.speakers) == (corpus.train_list, corpus.speakers)
+    assert read_corpus(tmp_path) is None
+    marker = json.loads((corpus.out / "corpus.json").read_text())
+    (tmp_path / "corpus.json").write_text(json.dumps({**marker, "format": marker["format"] + 1}))
+    assert read_corpus(tmp_path) is None

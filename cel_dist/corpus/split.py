@@ -10,7 +10,7 @@ from cel_dist.corpus.trials import Utterance, draw_trials, write_trials
 from cel_dist.data.sources import find_audio
 from cel_dist.errors import CelError
 
-VALIDATION_SHARE, TEST_SHARE = 0.08, 0.12
+VALIDATION_SHARE, TEST_SHARE = 0.08, 0.16
 MIN_HELD_OUT = 2
 MIN_SPEAKERS = 6
 MAX_TRIALS = 2_000

@@ -161,10 +161,11 @@ def read_corpus(folder: Path) -> CorpusResult | None:
     """The corpus that `synthesise_corpus` made in `folder`; None if it is anything else."""
     try:
         marker = json.loads((folder / _MARKER).read_text(encoding="utf-8"))
-        seconds_audio = marker.pop("seconds_audio")
-        return _result(folder, _Parameters(**marker), float(seconds_audio), reused=True)
+        seconds_audio = float(marker.pop("seconds_audio"))
+        parameters = _Parameters(**marker)
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
+    return _result(folder, parameters, seconds_audio, reused=True) if parameters.format == _FORMAT else None
 
 
 def _find_finished(out: Path, parameters: _Parameters) -> CorpusResult | None:
