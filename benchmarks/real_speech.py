@@ -66,7 +66,7 @@ def main() -> None:
     summary["wall_seconds"] = time.time() - begin
     config = load_config(options.config, overrides)
     curve = measure(config.train.batch_size, out / "run", data)
-    write(summary, curve, config, options.nproc)
+    write(summary, curve, config, options.nproc, options.overrides)
 
 
 def split(data: Path, out: Path) -> None:
@@ -99,7 +99,9 @@ def measure(batch_size: int, run: Path, data: Path) -> list[dict[str, object]]:
     return rows
 
 
-def write(summary: dict[str, object], curve: list[dict[str, object]], config: object, nproc: int) -> None:
+def write(
+    summary: dict[str, object], curve: list[dict[str, object]], config: object, nproc: int, overrides: list[str]
+) -> None:
     conditions = {
         "machine": f"{os.cpu_count()} cores, {platform.machine()}",
         "ranks": nproc,
@@ -118,7 +120,7 @@ def write(summary: dict[str, object], curve: list[dict[str, object]], config: ob
         "",
         f"Written by `benchmarks/real_speech.py`. {nproc} ranks on {conditions['machine']}, torch "
         f"{conditions['versions']['torch']}, deepspeed {conditions['versions']['deepspeed']}, fp32; configuration "
-        "`configs/real_speech.yaml`. "
+        f"`configs/real_speech.yaml`{' with ' + ', '.join(overrides) if overrides else ''}. "
         f"{NUM_VALIDATION_SPEAKERS} training speakers were held out for validation; the test lists were scored after "
         "training, from the checkpoints, and chose nothing.",
         "",

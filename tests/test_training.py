@@ -129,10 +129,10 @@ def test_a_resumed_run_is_bit_identical_to_an_uninterrupted_one(config, tmp_path
     sections = {"train": {"epochs": 2, "max_steps": 6}, "engine": {"zero_stage": 2}}
     run_world(2, train_job, config("whole", **sections), folder=tmp_path / "1")
     part = config("part", **sections)
-    run_world(2, train_job, part, ["train.max_steps=3"], folder=tmp_path / "2")
+    run_world(2, train_job, part, ["train.max_steps=4"], folder=tmp_path / "2")
     # What was recorded behind the checkpoint comes again, so it must not stay.
     with (tmp_path / "part" / "metrics.jsonl").open("a") as stream:
-        stream.write(json.dumps({"step": 4, "epoch": 0, "loss": 99.0}) + "\n")
+        stream.write(json.dumps({"step": 5, "epoch": 0, "loss": 99.0}) + "\n")
     results = run_world(2, train_job, part, folder=tmp_path / "3")
     assert results[0]["steps"] == 6
     assert losses(tmp_path / "part") == losses(tmp_path / "whole")
