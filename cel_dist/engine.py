@@ -108,16 +108,18 @@ class Engine:
         return total.sqrt()
 
     def step(self, learning_rate: float) -> None:
-        """Clip if configured, update the parameters, and keep the loss parameters in their range."""
+        """Clip if configured, update the parameters, keep the loss parameters in their range and the batch-norm
+        statistics equal on all ranks."""
         for group in self._engine.optimizer.param_groups:
             group["lr"] = learning_rate
         self._engine.step()
         with self._whole(self.objective.get_submodule("loss"), write=True):
             self.objective.get_submodule("loss").clamp_scale()  # type: ignore[operator]
+        self._average_buffers()
 
-    def synchronise_buffers(self) -> None:
-        """Replace batch-norm statistics by their mean over the ranks, because an engine never does and saves rank
-        0's."""
+    def _average_buffers(self) -> None:
+        """Replace running statistics by their mean over the ranks: the engine saves rank 0's for all. After each
+        step, because averaging less often rounds differently, and a resumed run must repeat every bit."""
         buffers = [buffer for buffer in self.objective.buffers() if buffer.is_floating_point()]
         if self._world.size == 1 or not buffers:
             return
@@ -129,7 +131,6 @@ class Engine:
 
     def encoder_state(self) -> dict[str, Tensor]:
         """The encoder's whole state dict on the CPU, on every rank."""
-        self.synchronise_buffers()
         encoder = self.objective.get_submodule("encoder")
         with self._whole(encoder):
             return {name: tensor.detach().to("cpu", copy=True) for name, tensor in encoder.state_dict().items()}
@@ -142,7 +143,6 @@ class Engine:
 
     def save(self, folder: Path) -> None:
         """Write engine and optimizer state into `folder`; every rank calls this."""
-        self.synchronise_buffers()
         self._engine.save_checkpoint(str(folder), tag="engine", save_latest=False)
 
     def load(self, folder: Path) -> None:
