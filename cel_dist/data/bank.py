@@ -11,10 +11,10 @@ from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
-from pydantic import BaseModel, ConfigDict, NonNegativeFloat, NonNegativeInt, ValidationError
+from pydantic import BaseModel, ConfigDict, NonNegativeFloat, NonNegativeInt
 
 from cel_dist.data.audio import SAMPLE_RATE
-from cel_dist.data.files import atomic_write
+from cel_dist.data.manifests import FolderManifest
 from cel_dist.errors import CelError
 
 BANK_NAME = "bank.json"
@@ -34,10 +34,12 @@ class CategoryRecord(BaseModel):
     sha256: str
 
 
-class BankManifest(BaseModel):
+class BankManifest(FolderManifest):
     """`bank.json`: what a bank holds."""
 
-    model_config = ConfigDict(frozen=True)
+    file_name = BANK_NAME
+    kind = "bank"
+    writer = "cel prepare SRC --bank"
 
     format: Literal["cel_dist.bank"] = "cel_dist.bank"
     version: Literal[1] = 1
@@ -48,33 +50,6 @@ class BankManifest(BaseModel):
     skipped: NonNegativeInt
     """Audio files under no folder that names a category."""
     categories: dict[Category, CategoryRecord]
-
-    @classmethod
-    def load(cls, folder: Path) -> "BankManifest":
-        """Read `bank.json` of `folder`.
-
-        Raises:
-            CelError: there is none, or it is not of this format and version.
-        """
-        path = folder / BANK_NAME
-        try:
-            return cls.model_validate_json(path.read_bytes())
-        except OSError as error:
-            raise CelError(
-                f"cannot read {path}: {error.strerror}; write a bank with 'cel prepare SRC --bank --out {folder}'"
-            ) from None
-        except ValidationError as error:
-            detail = error.errors()[0]
-            where = ".".join(str(part) for part in detail["loc"]) or "content"
-            raise CelError(
-                f"{path} is not a bank that this version reads ({where}: {detail['msg'].lower()}); "
-                "run 'cel prepare --bank' into a new folder"
-            ) from None
-
-    def save(self, folder: Path) -> None:
-        """Write the manifest into `folder`, atomically."""
-        with atomic_write(folder / BANK_NAME) as file:
-            file.write(self.model_dump_json(indent=1).encode() + b"\n")
 
 
 def category_path(folder: Path, category: str) -> Path:

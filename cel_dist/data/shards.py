@@ -23,11 +23,12 @@ from typing import Annotated, Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, NonNegativeInt, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, NonNegativeInt
 
 from cel_dist.data.archive import ShardFaultError, entries
 from cel_dist.data.audio import SAMPLE_RATE, AudioFormat
 from cel_dist.data.files import atomic_write, sha256_of
+from cel_dist.data.manifests import FolderManifest
 from cel_dist.errors import CelError
 
 MANIFEST_NAME = "manifest.json"
@@ -46,10 +47,12 @@ class ShardRecord(BaseModel):
     sha256: str
 
 
-class Manifest(BaseModel):
+class Manifest(FolderManifest):
     """`manifest.json`: what a folder of shards holds."""
 
-    model_config = ConfigDict(frozen=True)
+    file_name = MANIFEST_NAME
+    kind = "folder of shards"
+    writer = "cel prepare SRC"
 
     format: Literal["cel_dist.shards"] = "cel_dist.shards"
     version: Literal[1] = 1
@@ -60,36 +63,6 @@ class Manifest(BaseModel):
     seconds: NonNegativeFloat
     rejected: NonNegativeInt
     shards: tuple[ShardRecord, ...]
-
-    @classmethod
-    def load(cls, folder: Path) -> "Manifest":
-        """Read the manifest of `folder`.
-
-        Raises:
-            CelError: there is none, or it is not a manifest of this format and version.
-        """
-        path = folder / MANIFEST_NAME
-        try:
-            text = path.read_bytes()
-        except OSError as error:
-            raise CelError(
-                f"cannot read {path}: {error.strerror}; {folder} is not a finished folder of shards, run "
-                f"'cel prepare SRC --out {folder}' (again, if it was interrupted)"
-            ) from None
-        try:
-            return cls.model_validate_json(text)
-        except ValidationError as error:
-            detail = error.errors()[0]
-            where = ".".join(str(part) for part in detail["loc"]) or "content"
-            raise CelError(
-                f"{path} is not a manifest that this version reads ({where}: {detail['msg'].lower()}); "
-                "run 'cel prepare' into a new folder"
-            ) from None
-
-    def save(self, folder: Path) -> None:
-        """Write the manifest into `folder`, atomically."""
-        with atomic_write(folder / MANIFEST_NAME) as file:
-            file.write(self.model_dump_json(indent=1).encode() + b"\n")
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ from typing import Any
 
 import torch.distributed as dist
 
+from cel_dist.data.files import sync
 from cel_dist.distributed import World
 from cel_dist.engine import Engine
 from cel_dist.errors import CelError, RunError
@@ -112,11 +113,11 @@ class CheckpointStore:
         record = {"state": asdict(state), "signature": self._signature}
         (temporary / STATE).write_text(json.dumps(record, indent=2), encoding="utf-8")
         for path in [*temporary.rglob("*"), temporary]:
-            _flush(path)
+            sync(path)
         if final.exists():
             shutil.rmtree(final)
         os.replace(temporary, final)
-        _flush(self._folder)
+        sync(self._folder)
 
     def _prune(self, state: TrainState) -> None:
         for path in self.complete()[: -self._keep_last]:
@@ -128,11 +129,3 @@ class CheckpointStore:
     def _barrier(self) -> None:
         if self._world.size > 1:
             dist.barrier()
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

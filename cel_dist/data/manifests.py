@@ -1,0 +1,50 @@
+"""Manifests: JSON files that say what a folder must hold, written last and atomically."""
+
+from pathlib import Path
+from typing import ClassVar
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+from typing_extensions import Self
+
+from cel_dist.data.files import atomic_write
+from cel_dist.errors import CelError
+
+
+class FolderManifest(BaseModel):
+    """Base of the manifests. Subclasses say what they are called and which command writes such a folder."""
+
+    model_config = ConfigDict(frozen=True)
+
+    file_name: ClassVar[str]
+    kind: ClassVar[str]
+    """What a folder with such a manifest is, for messages."""
+    writer: ClassVar[str]
+    """The command that writes such a folder, without `--out`."""
+
+    @classmethod
+    def load(cls, folder: Path) -> Self:
+        """Read the manifest of `folder`.
+
+        Raises:
+            CelError: there is none, or it is not a manifest of this format and version.
+        """
+        path = folder / cls.file_name
+        try:
+            return cls.model_validate_json(path.read_bytes())
+        except OSError as error:
+            raise CelError(
+                f"cannot read {path}: {error.strerror}; {folder} is not a finished {cls.kind}, run '{cls.writer} "
+                f"--out {folder}' (again, if it was interrupted)"
+            ) from None
+        except ValidationError as error:
+            detail = error.errors()[0]
+            where = ".".join(str(part) for part in detail["loc"]) or "content"
+            raise CelError(
+                f"{path} is not a {cls.kind} that this version reads ({where}: {detail['msg'].lower()}); "
+                f"run '{cls.writer}' into a new folder"
+            ) from None
+
+    def save(self, folder: Path) -> None:
+        """Write the manifest into `folder`, atomically."""
+        with atomic_write(folder / self.file_name) as file:
+            file.write(self.model_dump_json(indent=1).encode() + b"\n")
