@@ -1,8 +1,11 @@
-"""Losses over real gloo worlds of 1, 2 and 4 ranks: value and gradient of the global batch, and what they cost."""
+"""The loss over real gloo worlds of 1 to 4 ranks: value and gradients of the global batch, and what they cost."""
 
 import itertools
+import re
+from dataclasses import dataclass
 from typing import Any
 
+import oracle
 import pytest
 import torch
 import torch.distributed as dist
@@ -10,88 +13,163 @@ import torch.multiprocessing as mp
 from torch import Tensor, nn
 
 from cel_dist.errors import CelError
-from cel_dist.losses import (
-    EquilibriumLoss,
-    angular_contrastive,
-    angular_prototypical,
-    prototypical,
-    uniformity,
-)
+from cel_dist.losses import EquilibriumLoss, angular_contrastive, angular_prototypical, ge2e, prototypical, uniformity
+from cel_dist.losses.exchange import Exchange
+from cel_dist.losses.similarity import SIMILARITIES
+from cel_dist.losses.terms import Settings, global_terms
+from cel_dist.losses.tiles import TileSize
 
-WORLDS = [1, 2, 4]
-NUM_UTTERANCES = 8
+WORLDS = [1, 2, 3, 4]
+NUM_UTTERANCES, DIM = 12, 32
 PAIRS = ["pon", "apn", "an"]
-COMBINATIONS = list(itertools.product(["angular_prototypical", "angular_contrastive", "prototypical", "ge2e"], PAIRS))
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+# Equal ids on one rank, on two neighbours and on the first and the last of every world.
+DUPLICATES = torch.tensor([70, 71, 71, 73, 74, 74, 76, 77, 73, 79, 80, 70])
 
 
-def inputs(num_views: int = 2) -> Tensor:
-    generator = torch.Generator().manual_seed(1)
-    return torch.randn(NUM_UTTERANCES, num_views, 6, generator=generator, dtype=torch.float64)
+@dataclass(frozen=True)
+class Case:
+    similarity: str = "angular_prototypical"
+    pairs: str = "pon"
+    views: int = 2
+    w: float = 7.0
+    t: float = 2.5
+    embeddings: str = "random"
+    duplicates: bool = False
+    exchange: str = "gather"
+    tile: tuple[int, int] | None = None
+    dtype: torch.dtype = torch.float64
+
+    def rows(self) -> Tensor:
+        generator = torch.Generator().manual_seed(1)
+        x = torch.randn(NUM_UTTERANCES, self.views, DIM, generator=generator, dtype=torch.float64)
+        if self.embeddings == "alike":
+            x = x[:1, :1].expand(NUM_UTTERANCES, self.views, DIM).clone()
+        if self.embeddings == "unequal views":
+            # Views of different length and direction: what one view does must not stand in for the other.
+            x = x * torch.tensor([1.0, 30.0, 0.2], dtype=x.dtype)[: self.views, None] + torch.eye(self.views, DIM)
+        return x.to(self.dtype)
+
+    def ids(self) -> Tensor | None:
+        return DUPLICATES if self.duplicates else None
 
 
-def scale() -> tuple[Tensor, Tensor]:
-    return torch.tensor([7.0], dtype=torch.float64, requires_grad=True), torch.tensor([-2.0], requires_grad=True)
+LOSSES = list(itertools.product(SIMILARITIES, PAIRS))
+CASES = [Case(similarity, pairs) for similarity, pairs in LOSSES]
+CASES += [Case(similarity, pairs, duplicates=True, exchange="ring", tile=(2, 5)) for similarity, pairs in LOSSES]
+CASES += [Case(similarity, exchange="ring", embeddings="unequal views") for similarity in SIMILARITIES]
+CASES += [Case(similarity, "apn", tile=(4, 3), embeddings="alike") for similarity in SIMILARITIES]
+CASES += [Case(similarity, w=100.0, tile=(3, 2), t=30.0) for similarity in SIMILARITIES]
+CASES += [Case(similarity, views=3) for similarity in ("angular_prototypical", "prototypical")]
+CASES += [Case("ge2e", pairs, views=3, duplicates=True, tile=(5, 7), exchange="ring") for pairs in PAIRS]
+CASES += [Case(similarity, pairs, dtype=torch.float32) for similarity, pairs in LOSSES]
+CASES += [
+    Case(similarity, "an", w=100.0, t=30.0, duplicates=True, exchange="ring", tile=(2, 3), dtype=torch.float32)
+    for similarity in SIMILARITIES
+]
 
 
-def equilibrium_step(rows: Tensor, similarity: str, pairs: str, group: Any = None) -> dict[str, Tensor]:
-    """One step of a linear encoder and the loss: the outputs and the gradients of all parameters."""
-    torch.manual_seed(2)
-    module = nn.ModuleDict(
-        {"encoder": nn.Linear(6, 5), "loss": EquilibriumLoss(similarity, pairs, 2.5, 0.8, 0.6, group)}
+def loss_and_gradients(case: Case, own: slice, exchange: Exchange) -> dict[str, Tensor]:
+    """Terms of the loss, and gradients at the own rows and at w."""
+    x = case.rows()[own].requires_grad_()
+    scaled = SIMILARITIES[case.similarity].scaled
+    w = torch.tensor([case.w], dtype=case.dtype, requires_grad=True) if scaled else None
+    ids = case.ids()
+    settings = Settings(
+        SIMILARITIES[case.similarity], case.pairs, case.t, 0.8, 0.6, tile=case.tile and TileSize(*case.tile)
     )
-    module.double()
-    output = module["loss"](module["encoder"](rows))
-    output.loss.backward()
-    gradients = {name: parameter.grad for name, parameter in module.named_parameters()}
-    return {name: value.detach() for name, value in output._asdict().items()} | gradients
+    values = global_terms(x, w, w, None if ids is None else ids[own], exchange, settings)
+    (2 * values.loss).backward()
+    result = {"loss": values.loss, "similarity": values.similarity, "uniformity": values.uniformity, "x": x.grad / 2}
+    return {name: value.detach() for name, value in result.items()} | ({} if w is None else {"w": w.grad / 2})
 
 
-def function_steps(rows: Tensor, group: Any = None) -> dict[str, dict[str, Tensor]]:
-    """Every loss function on its own: value, and gradients of a linear encoder and of w and b."""
+def expected(case: Case) -> dict[str, Tensor]:
+    x = case.rows().double().requires_grad_()
+    w = torch.tensor([case.w], dtype=torch.float64, requires_grad=True)
+    loss, similarity, uniform = oracle.equilibrium(
+        x, w, case.ids(), case.similarity, case.pairs, case.t, lambda_s=0.8, lambda_u=0.6
+    )
+    loss.backward()
+    result = {"loss": loss, "similarity": similarity, "uniformity": uniform, "x": x.grad, "w": w.grad}
+    return {name: value.detach() for name, value in result.items() if value is not None}
+
+
+def function_calls(group: Any) -> dict[str, Any]:
     calls: dict[str, Any] = {
-        f"uniformity {pairs}": lambda x, w, b, p=pairs: uniformity(x, 2.0, p, group) for pairs in PAIRS
+        f"uniformity {pairs}": lambda x, w, b, p=pairs: uniformity(x, 2.5, p, group) for pairs in PAIRS
     }
     calls["prototypical"] = lambda x, w, b: prototypical(x, group)
     calls["angular_prototypical"] = lambda x, w, b: angular_prototypical(x, w, b, group)
     calls["angular_contrastive"] = lambda x, w, b: angular_contrastive(x, w, b, group)
-    results = {}
-    for name, call in calls.items():
-        torch.manual_seed(2)
-        encoder = nn.Linear(6, 5).double()
-        w, b = scale()
-        loss = call(encoder(rows), w, b)
-        loss.backward()
-        gradients = {"weight": encoder.weight.grad, "bias": encoder.bias.grad, "w": w.grad, "b": b.grad}
-        results[name] = {"loss": loss.detach()} | {key: grad for key, grad in gradients.items() if grad is not None}
-    return results
+    calls["ge2e"] = lambda x, w, b: ge2e(x, w, b, group)
+    return calls
 
 
-def averaged(results: dict[str, Tensor], outputs: tuple[str, ...], world_size: int) -> dict[str, Tensor]:
-    """Replace gradients by their mean over the ranks, as the engine does; outputs stay those of this rank."""
-    for name in sorted(results.keys() - set(outputs)):
-        dist.all_reduce(results[name])
-        results[name] /= world_size
-    return results
+def step_of_an_encoder(rows: Tensor, group: Any) -> dict[str, Tensor]:
+    """What the mean of the ranks' gradients makes of an encoder and of w, as the engine takes it."""
+    torch.manual_seed(2)
+    module = nn.ModuleDict({"encoder": nn.Linear(DIM, 5), "loss": EquilibriumLoss("angular_contrastive", group=group)})
+    module.double()
+    module["loss"](module["encoder"](rows)).loss.backward()
+    gradients = {name: parameter.grad.detach() for name, parameter in module.named_parameters()}
+    if group is not None:
+        for gradient in gradients.values():
+            dist.all_reduce(gradient)
+            gradient /= dist.get_world_size()
+    return gradients
 
 
-def collectives_of_a_step(rows: Tensor, group: Any) -> list[str]:
-    """Names of the communication operators in the second forward and backward of a loss."""
-    loss = EquilibriumLoss(group=group)
-    rows = rows.requires_grad_()
+def collectives_of_a_step(rows: Tensor, group: Any, exchange: str) -> list[tuple[str, int]]:
+    """Communication in the second forward and backward of a loss: names, and words that this rank sends."""
+    loss = EquilibriumLoss("angular_contrastive", group=group, exchange=exchange)
+    rows = rows.float().requires_grad_()
     loss(rows)
+    sent_to_neighbours = []
+    send_and_receive = dist.batch_isend_irecv
+
+    def recorded(operations: list[dist.P2POp]) -> list[dist.Work]:
+        sent_to_neighbours.extend(op.tensor.numel() for op in operations if op.op is dist.isend)
+        return send_and_receive(operations)
+
+    dist.batch_isend_irecv = recorded
     # `torch.profiler` is the same instrument, but takes two seconds to import.
-    with torch.autograd.profiler.profile() as profile:
+    with torch.autograd.profiler.profile(record_shapes=True) as profile:
         loss(rows).loss.backward()
-    return [event.name for event in profile.function_events if event.name.startswith("c10d::")]
+    dist.batch_isend_irecv = send_and_receive
+    found = [("send", words) for words in sent_to_neighbours]
+    for event in profile.function_events:
+        if event.name.startswith("c10d::") and event.name not in ("c10d::send", "c10d::recv_"):
+            _, sent = event.input_shapes[:2]
+            found.append((event.name, torch.Size(sent).numel()))
+    sends = [event for event in profile.function_events if event.name == "c10d::send"]
+    assert len(sends) == len(sent_to_neighbours)
+    return found
 
 
-def mismatch_message(rank: int, group: Any) -> str:
+def refusal(call: Any) -> str:
     try:
-        EquilibriumLoss(group=group)(torch.randn(3 + (rank == 1), 2, 4))
+        call()
     except CelError as error:
         return str(error)
     return ""
+
+
+def refusals(rank: int, group: Any, own: slice) -> dict[str, str]:
+    rows, ids = Case().rows()[own], DUPLICATES[own]
+    last = dist.get_world_size() - 1
+    infinite, empty = rows.clone(), rows.clone()
+    if rank == last:
+        infinite[0, 1, 2] = torch.nan
+        empty[:2, 0] = 0
+    loss = EquilibriumLoss(group=group)
+    calls = {
+        "shape": lambda: loss(torch.randn(3 + (rank == 1), 2, 4)),
+        "ids": lambda: loss(rows, None if rank == last else ids),
+        "infinite": lambda: loss(infinite),
+        "empty": lambda: loss(empty),
+        "one sample": lambda: loss(rows, torch.zeros_like(ids)),
+    }
+    return {name: refusal(call) for name, call in calls.items()}
 
 
 def work(rank: int, world_size: int, folder: str) -> None:
@@ -102,24 +180,24 @@ def work(rank: int, world_size: int, folder: str) -> None:
         group = dist.group.WORLD
         share = NUM_UTTERANCES // world_size
         own = slice(rank * share, (rank + 1) * share)
-        outputs = ("loss", "similarity", "uniformity", "alignment", "accuracy")
-        result: dict[str, Any] = {}
-        for similarity, pairs in COMBINATIONS:
-            step = equilibrium_step(inputs()[own], similarity, pairs, group)
-            result[f"{similarity} {pairs}"] = averaged(step, outputs, world_size)
-        step = equilibrium_step(inputs(num_views=3)[own], "angular_prototypical", "pon", group)
-        result["three views"] = averaged(step, outputs, world_size)
-        for name, step in function_steps(inputs()[own], group).items():
-            result[f"function {name}"] = averaged(step, ("loss",), world_size)
-        for name, dtype in DTYPES.items():
-            result[name] = torch.stack(EquilibriumLoss(group=group)(inputs()[own].to(dtype))).detach()
-        result["collectives"] = collectives_of_a_step(inputs()[own], group)
+        exchanges = {how: Exchange(group, how) for how in ("gather", "ring")}
+        result: dict[str, Any] = {
+            "cases": [loss_and_gradients(case, own, exchanges[case.exchange]) for case in CASES],
+            "encoder": step_of_an_encoder(Case().rows()[own], group),
+            "bf16": torch.stack(EquilibriumLoss(group=group)(Case().rows()[own].bfloat16())).detach(),
+        }
+        w = torch.tensor([7.0], dtype=torch.float64)
+        result["functions"] = {name: call(Case().rows()[own], w, w) for name, call in function_calls(group).items()}
+        for how in exchanges:
+            result[f"collectives {how}"] = collectives_of_a_step(Case().rows()[own], group, how)
         if world_size > 1:
-            result["mismatch"] = mismatch_message(rank, group)
+            result["refusals"] = refusals(rank, group, own)
         if world_size == 4:
-            odd = dist.new_group([1, 3])
-            if rank in (1, 3):
-                result["odd ranks"] = EquilibriumLoss(group=odd)(inputs()[own]).loss.detach()
+            for how in exchanges:
+                odd = dist.new_group([1, 3])
+                if rank in (1, 3):
+                    loss = EquilibriumLoss(group=odd, exchange=how)
+                    result[f"odd ranks {how}"] = loss(Case().rows()[own]).loss.detach()
         torch.save(result, f"{folder}/rank{rank}.pt")
     finally:
         dist.destroy_process_group()
@@ -137,66 +215,93 @@ def ranks(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     return [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in range(world_size)]
 
 
-def assert_equal_on_every_rank(ranks: list[dict[str, Any]], key: str, expected: dict[str, Tensor]) -> None:
+@pytest.mark.parametrize("number", range(len(CASES)), ids=lambda number: str(CASES[number])[5:-1])
+def test_loss_and_gradients_are_those_of_the_oracle(ranks: list[dict[str, Any]], number: int) -> None:
+    case = CASES[number]
+    wanted = expected(case)
+    if case.embeddings == "random":
+        assert wanted["x"].abs().max() > 1e-3
+    tolerance = 1e-12 if case.dtype == torch.float64 else 2e-6
+    # The engine averages over the ranks, so a rank's gradient is W times that of the global loss.
+    found = {"x": torch.cat([result["cases"][number]["x"] for result in ranks]) / len(ranks)}
+    if SIMILARITIES[case.similarity].scaled:
+        found["w"] = torch.stack([result["cases"][number]["w"] for result in ranks]).mean(0)
+    for name, gradient in found.items():
+        # Embeddings that are all alike have a gradient of 0, which leaves nothing to be relative to.
+        size = max(float(wanted[name].norm()), 0.1)
+        assert float((gradient.double() - wanted[name]).norm()) <= tolerance * size, name
     for result in ranks:
-        assert result[key].keys() == expected.keys()
-        for name, value in expected.items():
+        for name in ("loss", "similarity", "uniformity"):
             torch.testing.assert_close(
-                result[key][name].double(),
-                value.double(),
-                rtol=1e-12,
-                atol=1e-12,
-                msg=lambda text, n=name: f"{n}: {text}",
+                result["cases"][number][name].double(), wanted[name], rtol=tolerance, atol=tolerance
             )
 
 
-@pytest.mark.parametrize(("similarity", "pairs"), COMBINATIONS)
-def test_equilibrium_and_its_gradients_are_those_of_the_global_batch(
-    ranks: list[dict[str, Any]], similarity: str, pairs: str
-) -> None:
-    expected = equilibrium_step(inputs(), similarity, pairs)
-    assert expected["encoder.weight"].abs().max() > 1e-3
-    if similarity != "prototypical":
-        assert expected["loss.w"].abs().max() > 1e-3
-    assert_equal_on_every_rank(ranks, f"{similarity} {pairs}", expected)
-
-
-def test_more_than_two_views_are_gathered_in_order(ranks: list[dict[str, Any]]) -> None:
-    expected = equilibrium_step(inputs(num_views=3), "angular_prototypical", "pon")
-    assert_equal_on_every_rank(ranks, "three views", expected)
+def test_gradients_of_an_encoder_and_of_w_are_those_of_one_process(ranks: list[dict[str, Any]]) -> None:
+    single = step_of_an_encoder(Case().rows(), None)
+    assert single["loss.w"].abs().max() > 1e-3
+    for result in ranks:
+        assert result["encoder"].keys() == single.keys()
+        for name, value in single.items():
+            torch.testing.assert_close(result["encoder"][name], value, rtol=1e-12, atol=1e-12)
 
 
 def test_every_function_with_a_group_is_that_of_the_global_batch(ranks: list[dict[str, Any]]) -> None:
-    for name, expected in function_steps(inputs()).items():
-        assert_equal_on_every_rank(ranks, f"function {name}", expected)
+    w = torch.tensor([7.0], dtype=torch.float64)
+    for name, call in function_calls(None).items():
+        for result in ranks:
+            torch.testing.assert_close(result["functions"][name], call(Case().rows(), w, w), rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_low_precision_rows_give_the_loss_of_one_process(ranks: list[dict[str, Any]], dtype: str) -> None:
-    expected = torch.stack(EquilibriumLoss()(inputs().to(DTYPES[dtype]))).detach()
+def test_bf16_rows_give_the_loss_of_one_process(ranks: list[dict[str, Any]]) -> None:
+    single = torch.stack(EquilibriumLoss()(Case().rows().bfloat16())).detach()
     for result in ranks:
-        assert result[dtype].dtype == torch.float32
-        torch.testing.assert_close(result[dtype], expected, rtol=1e-6, atol=1e-6)
+        assert result["bf16"].dtype == torch.float32
+        torch.testing.assert_close(result["bf16"], single, rtol=1e-6, atol=1e-6)
 
 
-def test_a_step_costs_one_gather_and_no_collective_in_the_backward_pass(ranks: list[dict[str, Any]]) -> None:
-    expected = ["c10d::_allgather_base_"] if len(ranks) > 1 else []
-    assert [result["collectives"] for result in ranks] == [expected] * len(ranks)
+def test_a_step_costs_one_gather_and_one_exchange_of_a_number_a_row(ranks: list[dict[str, Any]]) -> None:
+    share = NUM_UTTERANCES // len(ranks)
+    # Two numbers for faults, pairs of equal ids, distance of the views; loss, accuracy; two logarithms.
+    scalars, normalisers = 8, 2 * share
+    gathered = [("c10d::_allgather_base_", share * 2 * DIM), ("c10d::_allgather_base_", scalars + normalisers)]
+    for result in ranks:
+        assert result["collectives gather"] == (gathered if len(ranks) > 1 else [])
 
 
-def test_rows_of_different_shape_are_refused_on_every_rank(ranks: list[dict[str, Any]]) -> None:
+def test_a_ring_sends_the_own_rows_to_one_neighbour_at_a_time(ranks: list[dict[str, Any]]) -> None:
+    share = NUM_UTTERANCES // len(ranks)
+    for result in ranks:
+        # Two passes of W - 1 turns, and the exchange between them.
+        turns = [("send", share * 2 * DIM)] * (2 * (len(ranks) - 1))
+        assert result["collectives ring"] == turns + [("c10d::_allgather_base_", 8 + 2 * share)] * (len(ranks) > 1)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("shape", r"rank 0 \[3, 2, 4\], rank 1 \[4, 2, 4\]"),
+        ("ids", "rank {last} brings no sample ids"),
+        ("infinite", "rank {last} has embeddings that are not finite in 1 of {share} utterances; lower"),
+        ("empty", "rank {last} has embeddings of length 0 in 2 of {share} utterances"),
+        ("one sample", "all 12 utterances of the global batch are one sample"),
+    ],
+)
+def test_unusable_rows_are_refused_on_every_rank(ranks: list[dict[str, Any]], name: str, message: str) -> None:
     if len(ranks) == 1:
-        assert "mismatch" not in ranks[0]
+        assert "refusals" not in ranks[0]
         return
+    wanted = message.format(last=len(ranks) - 1, share=NUM_UTTERANCES // len(ranks))
     for result in ranks:
-        assert "rank 0 [3, 2, 4], rank 1 [4, 2, 4]" in result["mismatch"]
+        assert re.search(wanted, result["refusals"][name]), result["refusals"][name]
 
 
-def test_a_subgroup_shares_only_its_own_rows(ranks: list[dict[str, Any]]) -> None:
+@pytest.mark.parametrize("how", ["gather", "ring"])
+def test_a_subgroup_shares_only_its_own_rows(ranks: list[dict[str, Any]], how: str) -> None:
     if len(ranks) < 4:
-        assert "odd ranks" not in ranks[0]
+        assert f"odd ranks {how}" not in ranks[0]
         return
-    rows = torch.cat([inputs()[2:4], inputs()[6:8]])
-    expected = EquilibriumLoss()(rows).loss.detach()
+    rows = torch.cat([Case().rows()[3:6], Case().rows()[9:12]])
+    alone = EquilibriumLoss()(rows).loss.detach()
     for rank in (1, 3):
-        torch.testing.assert_close(ranks[rank]["odd ranks"], expected, rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(ranks[rank][f"odd ranks {how}"], alone, rtol=1e-12, atol=1e-12)

@@ -1,147 +1,218 @@
 """The similarity losses: the views of an utterance drawn together, and away from the other utterances.
 
-All of them are a cross entropy whose right answer is the own utterance. They differ in what a row of logits compares.
+Each is a cross entropy whose right answer is the own utterance. They differ only in the vectors whose inner products
+are the logits. With anchors a_i, keys p_j, logits l_ij and as negatives the j whose sample id is not i's,
+
+    n_i = logsumexp_j l_ij      L = mean_i log(1 + exp(n_i - l_ii))      q_i = 1 / (1 + exp(l_ii - n_i))
+    dL/da_i = scale q_i / K (mean of p_j under the softmax of the negatives - p_i)
+    dL/dp_j = scale / K (sum_i exp(l_ij - n_i) q_i a_i - q_j a_j)
+
+so an anchor needs nothing but a pass over all keys, and a key the n_i of all anchors besides.
 """
 
 from collections.abc import Callable
 from typing import Literal, NamedTuple
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.nn import functional as F
 
 from cel_dist.errors import CelError
-from cel_dist.losses.gather import gather_rows
-from cel_dist.losses.precision import full_precision
-from cel_dist.losses.uniformity import PUBLISHED_SHIFT, check_rows
+from cel_dist.losses.batch import GlobalBatch
+from cel_dist.losses.tiles import Comparison, Pull, Softmax, pulled
+from cel_dist.losses.uniformity import PUBLISHED_SHIFT
 
 SimilarityName = Literal["angular_prototypical", "angular_contrastive", "prototypical", "ge2e"]
 
 
-def angular_prototypical(x: Tensor, w: Tensor, b: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
-    """Cross entropy of view 0 against the prototypes, logits w cos + b (A-Prot; Chung et al. 2020, arXiv 2003.11982).
-
-    The prototype of an utterance is the mean of its unit embeddings in views 1..V-1.
-
-    Args:
-        x: [K, V, D] embeddings, normalised here, V >= 2; with a group [B, V, D], this rank's rows.
-        w: [1] scale, positive.
-        b: [1] shift. It cancels in the softmax and is kept for parity of checkpoints.
-        group: the ranks that share the batch, all with rows of the same shape. The value is then that of the global
-            batch on every rank, and the mean of the ranks' parameter gradients is its gradient.
-
-    Returns:
-        Scalar, float32, or float64 for float64 embeddings.
-
-    Raises:
-        CelError: fewer than two utterances or views.
-    """
-    with full_precision(x) as own:
-        return cross_entropy(w * _prototype_cosines(gather_rows(own, group)) + b)
-
-
-def angular_contrastive(x: Tensor, w: Tensor, b: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
-    """Mean of the cross entropies over rows and over columns of w cos(z_0i, z_1j) + b (A-Cont; Mun et al. 2020).
-
-    Arguments and value as `angular_prototypical`, for two views.
-
-    Raises:
-        CelError: fewer than two utterances, or not two views.
-    """
-    with full_precision(x) as own:
-        return cross_entropy(w * _view_cosines(gather_rows(own, group)) + b, symmetric=True)
-
-
-def prototypical(x: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
-    """Cross entropy of view 0 against the prototypes, logits -|x_0i - p_j|^2 (Snell et al. 2017, arXiv 1703.05175).
-
-    Embeddings are taken as they are, not normalised; the prototype p is the mean of views 1..V-1. Arguments, value
-    and errors as `angular_prototypical`.
-    """
-    with full_precision(x) as own:
-        return cross_entropy(_prototype_distances(gather_rows(own, group)))
-
-
-def ge2e(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
-    """Cross entropy of every view against the centroids, logits w cos + b (GE2E; Wan et al. 2018, arXiv 1710.10467).
-
-    The centroid of an utterance is the mean of its unit embeddings; for its own views it leaves out the view compared
-    (equations 5, 8 and 9 there). As in the published CEL code, cosines below 1e-6 are raised to it. Over a process
-    group, use `EquilibriumLoss("ge2e", group=...)`.
-
-    Args:
-        x: [K, V, D] embeddings, normalised here, V >= 2.
-        w: [1] scale, positive.
-        b: [1] shift.
-
-    Returns:
-        Scalar, float32, or float64 for float64 embeddings.
-
-    Raises:
-        CelError: fewer than two utterances or views.
-    """
-    with full_precision(x) as rows:
-        return cross_entropy(w * _centroid_cosines(rows) + b)
-
-
 class Similarity(NamedTuple):
-    """What tells a similarity loss from the others.
+    """Maps from rows [n, V, D] of any rank to what is compared, and how the logits come of it.
 
     Attributes:
-        compare: gathered rows [K, V, D] to similarities [..., K, K] whose right answers are on the diagonal.
-        scaled: whether the logits are w times the similarities plus b, or the similarities themselves.
-        symmetric: whether the columns are classified too.
+        anchors: to [R n, D], R anchors a row; anchor r n + i belongs to row i.
+        keys: to [n, D].
+        positives: to [R n], the inner product of every anchor with its right answer; None where that is the key of
+            its row.
+        scaled: logits are w times the inner products plus b. Otherwise they are the inner products minus the squared
+            length of the key.
+        symmetric: every key is to find its anchor, too.
+        floor: inner products below it are raised to it.
+        two_views: rows of more than two views make no sense.
     """
 
-    compare: Callable[[Tensor], Tensor]
-    scaled: bool
-    symmetric: bool
+    anchors: Callable[[Tensor], Tensor]
+    keys: Callable[[Tensor], Tensor]
+    positives: Callable[[Tensor], Tensor] | None = None
+    scaled: bool = True
+    symmetric: bool = False
+    floor: float | None = None
+    two_views: bool = False
+
+    def check_views(self, num_views: int) -> None:
+        """Raise CelError unless the loss is for rows of this many views."""
+        if num_views < 2:
+            raise CelError(f"an utterance has {num_views} view; this loss needs at least 2")
+        if self.two_views and num_views != 2:
+            raise CelError(f"angular_contrastive compares two views, not {num_views}; use angular_prototypical or ge2e")
+
+    def local(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Anchors, keys and positives of this rank's rows, with their graph."""
+        anchors, keys = self.anchors(x), self.keys(x)
+        positives = (anchors * keys).sum(dim=-1) if self.positives is None else self.positives(x)
+        return anchors, keys, positives if self.floor is None else positives.clamp(min=self.floor)
 
 
-def cross_entropy(logits: Tensor, symmetric: bool = False) -> Tensor:
-    """Mean cross entropy of the rows (`symmetric`: and of the columns) of logits [..., K, K], right on the diagonal."""
-    log_normaliser = logits.logsumexp(-1)
-    if symmetric:
-        log_normaliser = (log_normaliser + logits.logsumexp(-2)) / 2
-    return (log_normaliser - logits.diagonal(dim1=-2, dim2=-1)).mean()
+def _first_view(x: Tensor) -> Tensor:
+    return F.normalize(x[:, 0], dim=-1)
 
 
-def _prototype_cosines(x: Tensor) -> Tensor:
-    check_rows(x, num_views=2)
+def _unit_prototypes(x: Tensor) -> Tensor:
+    return F.normalize(F.normalize(x[:, 1:], dim=-1).mean(dim=1), dim=-1)
+
+
+def _all_views(x: Tensor) -> Tensor:
+    return F.normalize(x, dim=-1).transpose(0, 1).flatten(0, 1)
+
+
+def _centroids(x: Tensor) -> Tensor:
+    return F.normalize(F.normalize(x, dim=-1).mean(dim=1), dim=-1)
+
+
+def _cosines_with_centroid_of_the_others(x: Tensor) -> Tensor:
     z = F.normalize(x, dim=-1)
-    return z[:, 0] @ F.normalize(z[:, 1:].mean(dim=1), dim=-1).mT
+    others = F.normalize((z.sum(dim=1, keepdim=True) - z) / (x.shape[1] - 1), dim=-1)
+    return (z * others).sum(dim=-1).T.flatten()
 
 
-def _view_cosines(x: Tensor) -> Tensor:
-    check_rows(x, num_views=2)
-    if x.shape[1] != 2:
-        raise CelError(f"angular_contrastive compares two views, not {x.shape[1]}; use angular_prototypical or ge2e")
-    z = F.normalize(x, dim=-1)
-    return z[:, 0] @ z[:, 1].mT
+def _doubled_first_view(x: Tensor) -> Tensor:
+    # -|a - p|^2 without -|a|^2, which is the same along a row and so cancels in its softmax.
+    return 2 * x[:, 0]
 
 
-def _prototype_distances(x: Tensor) -> Tensor:
-    check_rows(x, num_views=2)
+def _prototypes(x: Tensor) -> Tensor:
     # |a - p + shift|, as published, is |a - (p - shift)|.
-    prototypes = x[:, 1:].mean(dim=1) - PUBLISHED_SHIFT
-    # -|a - p|^2 without the -|a|^2, which is the same along a row and so cancels in its softmax.
-    return 2 * x[:, 0] @ prototypes.mT - prototypes.square().sum(dim=-1)
-
-
-def _centroid_cosines(x: Tensor) -> Tensor:
-    num_utterances, num_views = check_rows(x, num_views=2)
-    z = F.normalize(x, dim=-1)
-    total = z.sum(dim=1, keepdim=True)
-    to_own = (z * F.normalize((total - z) / (num_views - 1), dim=-1)).sum(dim=-1)
-    to_others = z.transpose(0, 1) @ F.normalize(total.squeeze(1) / num_views, dim=-1).mT
-    own = torch.eye(num_utterances, dtype=torch.bool, device=x.device)
-    return torch.where(own, to_own.mT.unsqueeze(-1), to_others).clamp(min=1e-6)
+    return x[:, 1:].mean(dim=1) - PUBLISHED_SHIFT
 
 
 SIMILARITIES: dict[SimilarityName, Similarity] = {
-    "angular_prototypical": Similarity(_prototype_cosines, scaled=True, symmetric=False),
-    "angular_contrastive": Similarity(_view_cosines, scaled=True, symmetric=True),
-    "prototypical": Similarity(_prototype_distances, scaled=False, symmetric=False),
-    "ge2e": Similarity(_centroid_cosines, scaled=True, symmetric=False),
+    "angular_prototypical": Similarity(_first_view, _unit_prototypes),
+    "angular_contrastive": Similarity(_first_view, _unit_prototypes, symmetric=True, two_views=True),
+    "prototypical": Similarity(_doubled_first_view, _prototypes, scaled=False),
+    # As in the published code, cosines below 1e-6 are raised to it.
+    "ge2e": Similarity(_all_views, _centroids, _cosines_with_centroid_of_the_others, floor=1e-6),
 }
+
+
+class SimilarityGradients(NamedTuple):
+    """Gradients of the global loss at what this rank brought in; `scale` is this rank's part of the sum over ranks."""
+
+    anchors: Tensor
+    keys: Tensor
+    positives: Tensor
+    scale: Tensor
+
+
+class SimilarityTerm:
+    """A similarity loss over the global batch, for the anchors and keys of this rank.
+
+    Args:
+        similarity: which one.
+        anchors, keys, positives: of this rank's rows, without graph.
+        scale: [1] factor of the inner products, above 0.
+        with_gradient: whether `gradients` will be asked for.
+    """
+
+    def __init__(
+        self,
+        similarity: Similarity,
+        anchors: Tensor,
+        keys: Tensor,
+        positives: Tensor,
+        scale: Tensor,
+        with_gradient: bool,
+    ) -> None:
+        self._similarity = similarity
+        self._anchors, self._keys, self._products, self._scale = anchors, keys, positives, scale
+        self._floor = None if similarity.floor is None else float(similarity.floor * scale)
+        self._logits = scale * positives + (0.0 if similarity.scaled else _bias(keys))
+        self._with_gradient = with_gradient
+
+    def comparisons(self) -> list[tuple[Comparison, bool]]:
+        """What the first pass compares: anchors with keys, and keys with anchors if the loss is symmetric."""
+        similarity = self._similarity
+        bias = None if similarity.scaled else _bias
+        rows = Comparison(self._scale * self._anchors, similarity.keys, bias, self._floor)
+        if not similarity.symmetric:
+            return [(rows, self._with_gradient)]
+        # The means would be of no use: the anchors' gradient has the columns' softmax in it, which comes later.
+        return [(rows, False), (Comparison(self._scale * self._keys, similarity.anchors), False)]
+
+    def take(self, softmaxes: list[Softmax]) -> Tensor:
+        """This rank's part of what the ranks tell each other: loss, right answers, log-normalisers; [2 + R B (1 + s)].
+
+        Args:
+            softmaxes: of the comparisons, after the first pass.
+        """
+        self._softmax = softmaxes[0]
+        self._losses = [_log1pexp(softmax.logsumexp() - self._logits) for softmax in softmaxes]
+        right = (self._logits > self._softmax.largest).sum()
+        total = torch.stack(self._losses).mean(dim=0).sum()
+        return torch.cat([total[None], right[None].to(total.dtype), *(self._logits + loss for loss in self._losses)])
+
+    def value(self, shared: Tensor) -> tuple[Tensor, Tensor]:
+        """Loss and accuracy of the global batch from the parts of all ranks [W, ...]."""
+        loss, right = shared[:, :2].sum(dim=0) / (len(shared) * len(self._anchors))
+        return loss, right
+
+    def gradients(self, shared: Tensor, batch: GlobalBatch) -> SimilarityGradients:
+        """Gradients at this rank's rows, after one more pass over the rows of all ranks."""
+        # From [W, comparisons, R, B] to [R, K] for each comparison.
+        by_rank = shared[:, 2:].reshape(len(shared), len(self._losses), -1, batch.num_rows)
+        normalisers = by_rank.movedim(0, 2).flatten(2)
+        weight = 1 / (len(self._losses) * len(shared) * len(self._anchors))
+        # -expm1(-loss) is the share of the softmax that the negatives have, without cancellation.
+        shares = [-torch.expm1(-loss) for loss in self._losses]
+        at_logits = -weight * sum(shares[1:], start=shares[0])
+        similarity, scale = self._similarity, self._scale
+        if similarity.symmetric:
+            of_rows, of_columns = (self._logits + loss for loss in self._losses)
+            rows, columns = normalisers
+            at_key, at_anchor = pulled(
+                [
+                    Pull(scale * self._keys, similarity.anchors, [(None, -rows), (-of_columns, None)]),
+                    Pull(scale * self._anchors, similarity.keys, [(None, -columns), (-of_rows, None)]),
+                ],
+                batch.rows,
+                batch.own,
+                batch.products,
+                batch.tile,
+            )
+            anchor_sums = weight * at_anchor.vectors
+            at_scale = (self._anchors * anchor_sums).sum()
+        else:
+            bias = None if similarity.scaled else _bias(self._keys)
+            (at_key,) = pulled(
+                [Pull(scale * self._keys, similarity.anchors, [(bias, -normalisers[0])], self._floor)],
+                batch.rows,
+                batch.own,
+                batch.products,
+                batch.tile,
+            )
+            anchor_sums = (weight * shares[0])[:, None] * self._softmax.mean()
+            at_scale = (self._anchors * anchor_sums).sum()
+            if similarity.floor is not None:
+                at_scale += similarity.floor * (weight * shares[0] * (1 - self._softmax.kept())).sum()
+        at_keys = scale * weight * at_key.vectors
+        if not similarity.scaled:
+            at_keys -= 2 * (weight * at_key.mass + at_logits)[:, None] * self._keys
+        at_scale = at_scale + (at_logits * self._products).sum()
+        return SimilarityGradients(scale * anchor_sums, at_keys, scale * at_logits, at_scale[None])
+
+
+def _bias(keys: Tensor) -> Tensor:
+    return -keys.square().sum(dim=-1)
+
+
+def _log1pexp(x: Tensor) -> Tensor:
+    # F.softplus is linear from 20 on, which is not exact enough for fp64.
+    return torch.logaddexp(x, torch.zeros_like(x))

@@ -1,82 +1,54 @@
-"""The uniformity loss: embeddings spread over the unit sphere."""
+"""The uniformity loss: embeddings spread over the unit sphere (Wang and Isola 2020, arXiv 2005.10242).
+
+    D = sum_ij exp(-t |z_i - z_j|^2)      L = log(D / number of pairs)      dL/dz_i = 4 t / D sum_j exp(..) (z_j - z_i)
+
+Both ends of a pair pull alike, hence 4 t instead of 2 t, and a row needs nothing but a pass over all rows and D.
+"""
 
 import math
-from typing import Literal, get_args
+from collections.abc import Callable
+from typing import Literal, NamedTuple, get_args
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.nn import functional as F
 
 from cel_dist.errors import CelError
-from cel_dist.losses.gather import gather_rows
-from cel_dist.losses.precision import full_precision
+from cel_dist.losses.tiles import Comparison, Softmax
 
 Pairs = Literal["pon", "apn", "an"]
 
-# The published code takes distances across views with F.pairwise_distance, which adds this to every coordinate of a
-# difference. It moves a loss by about 1e-6, and is kept because the reference numbers hold to 1e-9.
+# The published code takes distances across views, and those of `prototypical`, with F.pairwise_distance, which adds
+# this to every coordinate of a difference. It moves a loss by about 1e-6, and is kept because the reference numbers
+# hold to 1e-9.
 PUBLISHED_SHIFT = 1e-6
 
+# exp(40) K is far from the largest fp32 number, and exp(-40) from the smallest.
+_LARGEST_BOUNDED_LOGIT = 40.0
 
-def uniformity(x: Tensor, t: float = 2.0, pairs: Pairs = "pon", group: dist.ProcessGroup | None = None) -> Tensor:
-    """Log of the mean Gaussian potential exp(-t |a - b|^2) over pairs of unit embeddings.
 
-    From Wang and Isola 2020 (arXiv 2005.10242), with the pairs of Mun et al. 2020 (arXiv 2010.11433).
-    `pon` takes the negatives within a view and averages the logarithms of the views; `apn` takes all pairs of the V K
-    embeddings, positives included; `an` takes all pairs of different utterances, within views and across.
+class ViewPair(NamedTuple):
+    """Pairs of one view's embeddings with those of another, or of the same.
 
-    Args:
-        x: [K, V, D] embeddings, normalised here; with a group [B, V, D], this rank's rows.
-        t: temperature, above 0.
-        pairs: `pon`, `apn` or `an`.
-        group: the ranks that share the batch, all with rows of the same shape. The value is then that of the global
-            batch on every rank, and the mean of the ranks' parameter gradients is its gradient.
-
-    Returns:
-        Scalar in [-4 t, 0], float32, or float64 for float64 embeddings.
-
-    Raises:
-        CelError: fewer than two utterances, unknown pairs, or `t` not above 0.
-
-    >>> x = torch.tensor([[[1.0, 0.0]], [[-3.0, 0.0]]])
-    >>> uniformity(x, t=2.0)
-    tensor(-8.)
+    Attributes:
+        anchor, key: numbers of the views.
+        with_positives: an utterance meets itself in the other view.
+        shift: is added to every coordinate of the difference anchor - key.
     """
-    check_pairs(pairs, t)
-    with full_precision(x) as own:
-        return uniformity_of_rows(gather_rows(own, group), t, pairs)
+
+    anchor: int
+    key: int
+    with_positives: bool
+    shift: float
 
 
-def uniformity_of_rows(x: Tensor, t: float, pairs: Pairs) -> Tensor:
-    """Uniformity of the gathered rows [K, V, D]; `uniformity` says the rest."""
-    num_utterances, num_views = check_rows(x, num_views=1)
-    # A Gram matrix a view for `pon`, [V, K, K], and one of all embeddings for the others, [V K, V K].
-    z = F.normalize(x, dim=-1).transpose(0, 1)
-    if pairs != "pon":
-        z = z.flatten(0, 1)
-    # |a - b|^2 = 2 - 2 <a, b> on the sphere.
-    squared_distances = 2 - 2 * z @ z.mT
-    if pairs == "an":
-        utterance = torch.arange(len(z), device=x.device) % num_utterances
-        view = torch.arange(len(z), device=x.device) // num_utterances
-        squared_distances = squared_distances + _published_shift(z, view)
-        excluded = utterance[:, None] == utterance
-        num_pairs = num_views**2 * num_utterances * (num_utterances - 1)
-    else:
-        excluded = torch.eye(z.shape[-2], dtype=torch.bool, device=x.device)
-        num_pairs = z.shape[-2] * (z.shape[-2] - 1)
-    # Every pair stands above and below the diagonal, and is counted twice in `num_pairs` too.
-    log_potential = (-t * squared_distances).masked_fill(excluded, -math.inf)
-    return (log_potential.flatten(-2).logsumexp(-1) - math.log(num_pairs)).mean()
-
-
-def _published_shift(z: Tensor, view: Tensor) -> Tensor:
-    """What |a - b + PUBLISHED_SHIFT|^2 has more than |a - b|^2, [n, n], where a is of an earlier view than b."""
-    direction = torch.sign(view - view[:, None]).to(z.dtype)
-    coordinate_sums = z.sum(dim=-1)
-    differences = coordinate_sums[:, None] - coordinate_sums
-    return 2 * PUBLISHED_SHIFT * direction * differences + PUBLISHED_SHIFT**2 * z.shape[-1] * direction.abs()
+def view_pairs(pairs: Pairs, num_views: int) -> list[list[ViewPair]]:
+    """The pairs of views whose potentials are summed, by logarithm: the loss is the mean of the logarithms."""
+    views = range(num_views)
+    if pairs == "pon":
+        return [[ViewPair(view, view, False, 0.0)] for view in views]
+    shift = PUBLISHED_SHIFT if pairs == "an" else 0.0
+    return [[ViewPair(u, v, pairs == "apn" and u != v, shift * ((v > u) - (v < u))) for u in views for v in views]]
 
 
 def check_pairs(pairs: str, t: float) -> None:
@@ -87,12 +59,78 @@ def check_pairs(pairs: str, t: float) -> None:
         raise CelError(f"the temperature t of the uniformity loss is {t}; give a number above 0")
 
 
-def check_rows(x: Tensor, num_views: int) -> tuple[int, int]:
-    """K and V of rows [K, V, D]; raise CelError unless K >= 2 and V >= `num_views`."""
-    if x.ndim != 3:
-        raise CelError(f"embeddings have shape {list(x.shape)}; give [utterances, views, dimensions]")
-    if len(x) < 2:
-        raise CelError(f"the global batch holds {len(x)} utterance; a contrastive loss has no negatives below 2")
-    if x.shape[1] < num_views:
-        raise CelError(f"an utterance has {x.shape[1]} view; this loss needs at least {num_views}")
-    return len(x), x.shape[1]
+class UniformityTerm:
+    """One logarithm of the uniformity loss over the global batch, for the embeddings of this rank.
+
+    Args:
+        pairs: the pairs of views in it.
+        units: [B, V, D] unit embeddings of this rank, without graph.
+        t: temperature.
+        with_gradient: whether `gradient` will be asked for.
+    """
+
+    def __init__(self, pairs: list[ViewPair], units: Tensor, t: float, with_gradient: bool) -> None:
+        self._pairs, self._t, self._with_gradient = pairs, t, with_gradient
+        self._units = units
+
+    def comparisons(self) -> list[tuple[Comparison, bool]]:
+        """What the first pass compares: -t |a - b|^2 = 2 t <a, b> - t |a|^2 - t, of which it takes the first part."""
+        return [
+            (
+                Comparison(
+                    2 * self._t * self._anchors(pair),
+                    _unit_view(pair.key),
+                    bounded=2 * self._t <= _LARGEST_BOUNDED_LOGIT,
+                    meets_itself=pair.with_positives,
+                ),
+                self._with_gradient,
+            )
+            for pair in self._pairs
+        ]
+
+    def take(self, softmaxes: list[Softmax]) -> Tensor:
+        """This rank's part of what the ranks tell each other: the logarithm of its part of D; [1].
+
+        Args:
+            softmaxes: of the comparisons, after the first pass.
+        """
+        self._softmaxes = softmaxes
+        self._potentials = [
+            softmax.logsumexp() - self._t * (1 + self._anchors(pair).square().sum(dim=-1))
+            for softmax, pair in zip(softmaxes, self._pairs, strict=True)
+        ]
+        return torch.cat(self._potentials).logsumexp(dim=0, keepdim=True)
+
+    def value(self, shared: Tensor, num_utterances: int, num_same: int) -> Tensor:
+        """The logarithm of the global batch.
+
+        Args:
+            shared: [W, 1] the parts of all ranks.
+            num_utterances: K.
+            num_same: ordered pairs of rows with equal sample ids, every row with itself among them.
+
+        Raises:
+            CelError: no pair is left.
+        """
+        excluded = sum(num_same - (num_utterances if pair.with_positives else 0) for pair in self._pairs)
+        num_pairs = len(self._pairs) * num_utterances**2 - excluded
+        if num_pairs <= num_utterances * sum(pair.with_positives for pair in self._pairs):
+            raise CelError(f"all {num_utterances} utterances of the global batch are one sample; give different ones")
+        return shared.logsumexp(dim=0).squeeze(0) - math.log(num_pairs)
+
+    def gradient(self, shared: Tensor) -> Tensor:
+        """Gradient at this rank's unit embeddings, [B, V, D]."""
+        log_total = shared.logsumexp(dim=0)
+        gradient = torch.zeros_like(self._units)
+        for pair, softmax, potential in zip(self._pairs, self._softmaxes, self._potentials, strict=True):
+            weights = 4 * self._t * (potential - log_total).exp()
+            # The part along z_i of z_j - z_i does not turn it, so only the shift is left of -z_i.
+            gradient[:, pair.anchor] += weights[:, None] * (softmax.mean() - pair.shift)
+        return gradient
+
+    def _anchors(self, pair: ViewPair) -> Tensor:
+        return self._units[:, pair.anchor] + pair.shift
+
+
+def _unit_view(view: int) -> Callable[[Tensor], Tensor]:
+    return lambda x: F.normalize(x[:, view], dim=-1)

@@ -1,0 +1,80 @@
+"""The global batch as the terms of the loss see it."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from cel_dist.errors import CelError
+from cel_dist.losses.exchange import Exchange, SharedRows
+from cel_dist.losses.precision import Products
+from cel_dist.losses.tiles import Own, TileSize
+
+_SMALLEST_LENGTH = 1e-12
+
+
+@dataclass(frozen=True)
+class GlobalBatch:
+    """K rows of W ranks, B of them here.
+
+    Attributes:
+        exchange: the ranks.
+        rows: the rows of all ranks, pass by pass.
+        own: ids and place of this rank's.
+        num_rows: B.
+        num_views: V.
+        products: how matrix products are computed.
+        tile: size of the tiles.
+    """
+
+    exchange: Exchange
+    rows: SharedRows
+    own: Own
+    num_rows: int
+    num_views: int
+    products: Products
+    tile: TileSize
+
+    @classmethod
+    def share(
+        cls, x: Tensor, ids: Tensor | None, exchange: Exchange, products: Products, tile: TileSize | None
+    ) -> "GlobalBatch":
+        """Send this rank's rows x [B, V, D] and sample ids [B] to the others, and take theirs."""
+        first = exchange.rank * len(x)
+        own_ids = torch.arange(first, first + len(x), device=x.device) if ids is None else ids
+        return cls(
+            exchange,
+            exchange.share(x, ids),
+            Own(own_ids, first),
+            len(x),
+            x.shape[1],
+            products,
+            tile or TileSize.of(x.device),
+        )
+
+    @property
+    def num_utterances(self) -> int:
+        """K."""
+        return self.num_rows * self.exchange.world_size
+
+
+def faults(x: Tensor) -> Tensor:
+    """Number of rows of x [B, V, D] that are not finite, and of those with an embedding of length 0; [2]."""
+    lengths = torch.linalg.vector_norm(x, dim=-1)
+    infinite = ~lengths.isfinite().all(dim=1)
+    empty = (lengths <= _SMALLEST_LENGTH).any(dim=1) & ~infinite
+    return torch.stack([infinite.sum(), empty.sum()]).to(x.dtype)
+
+
+def check_faults(by_rank: Tensor, num_rows: int) -> None:
+    """Raise CelError if a rank reported faults [W, 2]; all ranks see the same numbers, so all of them raise."""
+    if not bool(by_rank.any()):
+        return
+    found = []
+    for rank, (infinite, empty) in enumerate(by_rank.int().tolist()):
+        if infinite:
+            found.append(f"rank {rank} has embeddings that are not finite in {infinite} of {num_rows} utterances")
+        if empty:
+            found.append(f"rank {rank} has embeddings of length 0 in {empty} of {num_rows} utterances")
+    remedy = "lower optim.lr, set optim.clip_norm, or look for silent or damaged audio with 'cel check'"
+    raise CelError(f"{'; '.join(found)}; {remedy}")

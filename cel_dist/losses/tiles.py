@@ -1,0 +1,284 @@
+"""Sums over all pairs of this rank's rows and the rows of the global batch, without ever holding the pairs.
+
+Two passes over the blocks of the global batch make every loss of this package:
+
+- `negative_logsumexp` gives each own anchor the log-sum-exp of its logits against all keys, and if asked the mean of
+  the keys under the softmax, which is the gradient at the anchor. The running sums are rescaled when a larger logit
+  comes (online softmax; Milakov and Gimelshein 2018, arXiv 1805.02867).
+- `pulled` adds up what all anchors of the batch pull at each own key with, when their log-sum-exps are known. It is
+  the gradient at the key, so no gradient has to be sent.
+
+Pairs of equal sample ids are no negatives and are left out of both.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from cel_dist.losses.exchange import Block, SharedRows
+from cel_dist.losses.precision import Products
+
+Map = Callable[[Tensor], Tensor]
+"""From rows [n, V, D] of any rank to the vectors of those rows that a loss compares."""
+
+
+class TileSize(NamedTuple):
+    """Largest number of anchors and keys in a tile."""
+
+    rows: int
+    columns: int
+
+    @classmethod
+    def of(cls, device: torch.device) -> "TileSize":
+        """Tiles that stay in a core's cache on a CPU, and that fill a GPU."""
+        return cls(8192, 8192) if device.type == "cuda" else cls(1024, 256)
+
+
+class Own(NamedTuple):
+    """This rank's place in the global batch: ids [B] of its samples, and the position of the first."""
+
+    ids: Tensor
+    first: int
+
+
+class Comparison(NamedTuple):
+    """Logits <anchor, key> + bias(key) of own anchors against the keys of all rows.
+
+    Attributes:
+        anchors: [R B, d], times the scale of the logits; anchor r B + i belongs to own row i.
+        keys: rows [n, V, D] to keys [n, d].
+        bias: keys to [n], None for no bias.
+        floor: logits below it are raised to it, and then pull at nothing.
+        bounded: logits are known to lie within +-40, so that their exponentials need no shift in fp32.
+        meets_itself: an own row is compared with its own key too; otherwise equal ids leave it out.
+    """
+
+    anchors: Tensor
+    keys: Map
+    bias: Map | None = None
+    floor: float | None = None
+    bounded: bool = False
+    meets_itself: bool = False
+
+
+class Softmax:
+    """The softmax of each anchor's logits over the keys met so far.
+
+    Args:
+        comparison: what is compared.
+        with_mean: keep the mean of the keys too.
+
+    Attributes:
+        largest: [R B] largest logit; the smallest number for anchors that met nothing. Not kept for bounded logits.
+    """
+
+    def __init__(self, comparison: Comparison, with_mean: bool) -> None:
+        anchors = comparison.anchors
+        self.comparison = comparison
+        self.largest = anchors.new_full((len(anchors),), torch.finfo(anchors.dtype).min)
+        self._total = torch.zeros_like(self.largest)
+        self._kept = torch.zeros_like(self.largest)
+        self._weighted = torch.zeros_like(anchors) if with_mean else None
+
+    def add(self, logits: Tensor, rows: slice, keys: Tensor, products: Products) -> None:
+        """Take in the logits [n, m] of anchors `rows` against rounded keys [m, d]; overwrites the logits."""
+        raised = None
+        if self.comparison.floor is not None:
+            raised = logits < self.comparison.floor
+            logits.masked_fill_(raised & ~logits.isneginf(), self.comparison.floor)
+        if not self.comparison.bounded:
+            logits -= self._rescale(rows, logits.amax(dim=1))[:, None]
+        weights = logits.exp_()
+        self._total[rows] += weights.sum(dim=1)
+        if raised is not None:
+            weights.masked_fill_(raised, 0.0)
+            self._kept[rows] += weights.sum(dim=1)
+        if self._weighted is not None:
+            products.add_weighted(self._weighted[rows], weights, keys)
+
+    def logsumexp(self) -> Tensor:
+        """[R B]; -inf for an anchor that met nothing."""
+        return self._total.log() + (0.0 if self.comparison.bounded else self.largest)
+
+    def mean(self) -> Tensor:
+        """[R B, d] mean of the keys under the softmax; keys whose logits are raised to the floor count as 0."""
+        assert self._weighted is not None
+        return self._weighted / self._divisor()[:, None]
+
+    def kept(self) -> Tensor:
+        """[R B] share of the softmax whose logits are not raised to the floor."""
+        return torch.ones_like(self._kept) if self.comparison.floor is None else self._kept / self._divisor()
+
+    def _rescale(self, rows: slice, peaks: Tensor) -> Tensor:
+        largest = torch.maximum(self.largest[rows], peaks)
+        shrink = (self.largest[rows] - largest).exp_()
+        self._total[rows] *= shrink
+        self._kept[rows] *= shrink
+        if self._weighted is not None:
+            self._weighted[rows] *= shrink[:, None]
+        self.largest[rows] = largest
+        return largest
+
+    def _divisor(self) -> Tensor:
+        # Nothing was met where the total is 0, and 0 / tiny is the right mean of nothing.
+        return self._total.clamp(min=torch.finfo(self._total.dtype).tiny)
+
+
+class Pull(NamedTuple):
+    """Weights exp(<own key, anchor> + biases) with which the anchors of all rows pull at own keys.
+
+    Attributes:
+        keys: [B, d] of this rank, times the scale of the logits.
+        anchors: rows [n, V, D] to anchors [R n, d]; row i's are i, n + i, ...
+        biases: terms of the weight; a term adds a bias of the own key [B] and one of the anchor, [R, K] over the rows
+            of the global batch. None stands for 0.
+        floor: logits below it do not pull.
+    """
+
+    keys: Tensor
+    anchors: Map
+    biases: Sequence[tuple[Tensor | None, Tensor | None]]
+    floor: float | None = None
+
+
+class Pulled(NamedTuple):
+    """What `pulled` adds up for every own key: weights times anchors [B, d], and the weights alone [B]."""
+
+    vectors: Tensor
+    mass: Tensor
+
+
+def negative_logsumexp(
+    comparisons: Sequence[tuple[Comparison, bool]], rows: SharedRows, own: Own, products: Products, size: TileSize
+) -> tuple[list[Softmax], int]:
+    """One pass over the global batch for several comparisons; the flag of each says whether it keeps the mean.
+
+    Returns:
+        The softmax of every comparison, and the number of pairs (own row, row of the batch) of equal sample ids.
+    """
+    results = [Softmax(comparison, with_mean) for comparison, with_mean in comparisons]
+    rounded = [products.rounded(comparison.anchors) for comparison, _ in comparisons]
+    num_same = 0
+    for tile in _tiles(rows, own, size.columns):
+        num_same += len(tile.same)
+        for result, anchors in zip(results, rounded, strict=True):
+            keys = result.comparison.keys(tile.rows)
+            bias = result.comparison.bias(keys) if result.comparison.bias else None
+            keys = products.rounded(keys)
+            excluded = tile.same_but_itself if result.comparison.meets_itself else tile.same
+            for some in _slices(len(anchors), size.rows):
+                logits = products.inner(anchors[some], keys)
+                if bias is not None:
+                    logits += bias
+                _exclude(logits, excluded, some, own_size=len(own.ids), columns_size=tile.num_columns)
+                result.add(logits, some, keys, products)
+    return results, num_same
+
+
+def pulled(pulls: Sequence[Pull], rows: SharedRows, own: Own, products: Products, size: TileSize) -> list[Pulled]:
+    """One more pass over the global batch: what every own key is pulled at with."""
+    results = [Pulled(torch.zeros_like(pull.keys), torch.zeros_like(pull.keys[:, 0])) for pull in pulls]
+    rounded = [products.rounded(pull.keys) for pull in pulls]
+    for tile in _tiles(rows, own, size.columns):
+        for pull, result, keys in zip(pulls, results, rounded, strict=True):
+            anchors = products.rounded(pull.anchors(tile.rows))
+            biases = [
+                (of_key, None if of_anchor is None else of_anchor[:, tile.columns].flatten())
+                for of_key, of_anchor in pull.biases
+            ]
+            for some in _slices(len(keys), size.rows):
+                logits = products.inner(keys[some], anchors)
+                raised = None
+                if pull.floor is not None:
+                    raised = logits < pull.floor
+                    logits.clamp_(min=pull.floor)
+                _exclude(logits, tile.same, some, own_size=len(own.ids), columns_size=tile.num_columns)
+                weights = _weights(logits, [(None if k is None else k[some], a) for k, a in biases])
+                if raised is not None:
+                    weights.masked_fill_(raised, 0.0)
+                products.add_weighted(result.vectors[some], weights, anchors)
+                result.mass[some] += weights.sum(dim=1)
+    return results
+
+
+def _weights(logits: Tensor, biases: Sequence[tuple[Tensor | None, Tensor | None]]) -> Tensor:
+    """Sum over the terms of exp(logits + biases); the last term overwrites the logits."""
+    total = None
+    for number, (of_key, of_anchor) in enumerate(biases):
+        term = logits if number == len(biases) - 1 else logits.clone()
+        if of_key is not None:
+            term += of_key[:, None]
+        if of_anchor is not None:
+            term += of_anchor
+        term.exp_()
+        total = term if total is None else total.add_(term)
+    assert total is not None
+    return total
+
+
+class _Pairs(NamedTuple):
+    """Places (own row, column of the tile)."""
+
+    rows: Tensor
+    columns: Tensor
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+
+class _Tile(NamedTuple):
+    rows: Tensor
+    columns: slice
+    same: _Pairs
+    same_but_itself: _Pairs
+
+    @property
+    def num_columns(self) -> int:
+        return len(self.rows)
+
+
+def _tiles(shared: SharedRows, own: Own, num_columns: int) -> Iterator[_Tile]:
+    sorted_ids, order = own.ids.sort()
+    for block in shared:
+        same = _same_sample(sorted_ids, order, block)
+        itself = same.rows + own.first == same.columns + block.first
+        starts = range(0, len(block.rows), num_columns)
+        edges = torch.tensor([*starts, len(block.rows)], device=same.columns.device)
+        bounds = torch.searchsorted(same.columns, edges).tolist()
+        for number, start in enumerate(starts):
+            inside = slice(bounds[number], bounds[number + 1])
+            pairs = _Pairs(same.rows[inside], same.columns[inside] - start)
+            others = ~itself[inside]
+            rows = block.rows[start : start + num_columns]
+            first = block.first + start
+            yield _Tile(rows, slice(first, first + len(rows)), pairs, _Pairs(pairs.rows[others], pairs.columns[others]))
+
+
+def _same_sample(sorted_ids: Tensor, order: Tensor, block: Block) -> _Pairs:
+    """Pairs (own row, row of the block) of equal ids, ordered by the row of the block."""
+    first = torch.searchsorted(sorted_ids, block.ids)
+    counts = torch.searchsorted(sorted_ids, block.ids, right=True) - first
+    columns = torch.repeat_interleave(torch.arange(len(counts), device=counts.device), counts)
+    before = torch.repeat_interleave(counts.cumsum(0) - counts, counts)
+    place = torch.arange(len(columns), device=columns.device) - before + first[columns]
+    return _Pairs(order[place], columns)
+
+
+def _exclude(logits: Tensor, pairs: _Pairs, some: slice, own_size: int, columns_size: int) -> None:
+    """Set the pairs of rows `some` to -inf; rows and columns may each repeat for several vectors a row."""
+    if len(pairs) == 0:
+        return
+    num_columns = logits.shape[1] // columns_size
+    for repeat in range(-(-some.stop // own_size)):
+        rows = pairs.rows + repeat * own_size - some.start
+        inside = (rows >= 0) & (rows < len(logits))
+        rows, columns = rows[inside], pairs.columns[inside]
+        for copy in range(num_columns):
+            logits[rows, columns + copy * columns_size] = -torch.inf
+
+
+def _slices(length: int, size: int) -> Iterator[slice]:
+    for start in range(0, length, size):
+        yield slice(start, min(start + size, length))
