@@ -98,7 +98,7 @@ class Exchange:
             self._ring = gathered > _SHARE_OF_FREE_MEMORY * free
             if self.rank == 0:
                 logger.info(
-                    "loss.exchange=auto: %s (the rows of all ranks take %.1f MiB, the rank with least has %.0f MiB free)",
+                    "loss.exchange=auto: %s; the rows of all ranks take %.1f MiB, %.0f MiB are free",
                     "ring" if self._ring else "gather",
                     gathered / 2**20,
                     free / 2**20,

@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from cel_dist.errors import CelError
 from cel_dist.losses.batch import GlobalBatch
 from cel_dist.losses.tiles import Comparison, Pull, Softmax, pulled
-from cel_dist.losses.uniformity import PUBLISHED_SHIFT
+from cel_dist.losses.uniformity import PUBLISHED_SHIFT, unit_view
 
 SimilarityName = Literal["angular_prototypical", "angular_contrastive", "prototypical", "ge2e"]
 
@@ -62,10 +62,6 @@ class Similarity(NamedTuple):
         return anchors, keys, positives if self.floor is None else positives.clamp(min=self.floor)
 
 
-def _first_view(x: Tensor) -> Tensor:
-    return F.normalize(x[:, 0], dim=-1)
-
-
 def _unit_prototypes(x: Tensor) -> Tensor:
     return F.normalize(F.normalize(x[:, 1:], dim=-1).mean(dim=1), dim=-1)
 
@@ -95,8 +91,8 @@ def _prototypes(x: Tensor) -> Tensor:
 
 
 SIMILARITIES: dict[SimilarityName, Similarity] = {
-    "angular_prototypical": Similarity(_first_view, _unit_prototypes),
-    "angular_contrastive": Similarity(_first_view, _unit_prototypes, symmetric=True, two_views=True),
+    "angular_prototypical": Similarity(unit_view(0), _unit_prototypes),
+    "angular_contrastive": Similarity(unit_view(0), unit_view(1), symmetric=True, two_views=True),
     "prototypical": Similarity(_doubled_first_view, _prototypes, scaled=False),
     # As in the published code, cosines below 1e-6 are raised to it.
     "ge2e": Similarity(_all_views, _centroids, _cosines_with_centroid_of_the_others, floor=1e-6),

@@ -33,7 +33,7 @@ class TileSize(NamedTuple):
     @classmethod
     def of(cls, device: torch.device) -> "TileSize":
         """Tiles that stay in a core's cache on a CPU, and that fill a GPU."""
-        return cls(8192, 8192) if device.type == "cuda" else cls(1024, 256)
+        return cls(8192, 8192) if device.type == "cuda" else cls(1024, 512)
 
 
 class Own(NamedTuple):
@@ -163,8 +163,10 @@ def negative_logsumexp(
     num_same = 0
     for tile in _tiles(rows, own, size.columns):
         num_same += len(tile.same)
+        # Terms that compare with the same vectors share them.
+        vectors = {keys: keys(tile.rows) for keys in {result.comparison.keys for result in results}}
         for result, anchors in zip(results, rounded, strict=True):
-            keys = result.comparison.keys(tile.rows)
+            keys = vectors[result.comparison.keys]
             bias = result.comparison.bias(keys) if result.comparison.bias else None
             keys = products.rounded(keys)
             excluded = tile.same_but_itself if result.comparison.meets_itself else tile.same
@@ -205,17 +207,23 @@ def pulled(pulls: Sequence[Pull], rows: SharedRows, own: Own, products: Products
 
 def _weights(logits: Tensor, biases: Sequence[tuple[Tensor | None, Tensor | None]]) -> Tensor:
     """Sum over the terms of exp(logits + biases); the last term overwrites the logits."""
+    *others, last = biases
     total = None
-    for number, (of_key, of_anchor) in enumerate(biases):
-        term = logits if number == len(biases) - 1 else logits.clone()
-        if of_key is not None:
-            term += of_key[:, None]
-        if of_anchor is not None:
-            term += of_anchor
+    for of_key, of_anchor in others:
+        term = logits + _joint(of_key, of_anchor)
         term.exp_()
         total = term if total is None else total.add_(term)
-    assert total is not None
-    return total
+    logits += _joint(*last)
+    logits.exp_()
+    return logits if total is None else total.add_(logits)
+
+
+def _joint(of_key: Tensor | None, of_anchor: Tensor | None) -> Tensor:
+    """Bias of a tile's logits, to be broadcast over what it does not depend on."""
+    if of_key is None or of_anchor is None:
+        assert of_key is not None or of_anchor is not None
+        return of_anchor if of_key is None else of_key[:, None]  # type: ignore[return-value]
+    return of_key[:, None] + of_anchor
 
 
 class _Pairs(NamedTuple):

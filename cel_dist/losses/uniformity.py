@@ -5,6 +5,7 @@
 Both ends of a pair pull alike, hence 4 t instead of 2 t, and a row needs nothing but a pass over all rows and D.
 """
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Literal, NamedTuple, get_args
@@ -79,7 +80,7 @@ class UniformityTerm:
             (
                 Comparison(
                     2 * self._t * self._anchors(pair),
-                    _unit_view(pair.key),
+                    unit_view(pair.key),
                     bounded=2 * self._t <= _LARGEST_BOUNDED_LOGIT,
                     meets_itself=pair.with_positives,
                 ),
@@ -132,5 +133,7 @@ class UniformityTerm:
         return self._units[:, pair.anchor] + pair.shift
 
 
-def _unit_view(view: int) -> Callable[[Tensor], Tensor]:
+@functools.cache
+def unit_view(view: int) -> Callable[[Tensor], Tensor]:
+    """The map from rows [n, V, D] to one view's unit embeddings [n, D]; the same function for the same view."""
     return lambda x: F.normalize(x[:, view], dim=-1)

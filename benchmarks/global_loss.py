@@ -1,0 +1,178 @@
+"""Cost of one rank's share of the global loss: tiles with hand-derived gradients beside materialised autograd.
+
+    python benchmarks/global_loss.py                       # the table of results/global_loss.md, some minutes
+    python benchmarks/global_loss.py --largest 8192        # smaller batches only
+    python benchmarks/global_loss.py --ring                # one share of K = 1 048 576, block by block
+
+One process computes what a rank of W does: its b = K / W rows against all K, forward and backward, A-Cont and PoN. The
+rows of the other ranks are drawn beforehand and given to both ways; sending them is not in the times. What the other
+ranks would send in the exchange is this rank's own, which costs the same. Every measurement has a process of its own,
+so that its peak memory is its own; the two ways take turns.
+"""
+
+import argparse
+import gc
+import json
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from cel_dist.distributed import let_idle_threads_sleep
+
+let_idle_threads_sleep()
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from cel_dist.losses.exchange import Block, Exchange
+from cel_dist.losses.similarity import SIMILARITIES
+from cel_dist.losses.terms import Settings, global_terms
+
+RESULTS = Path(__file__).resolve().parent / "results"
+SETTINGS = Settings(SIMILARITIES["angular_contrastive"], "pon")
+BATCHES = (1024, 4096, 16384, 65536)
+RING_ROWS, RING_BATCH = 256, 1 << 20
+# A share of more rows than this is more work than a rank has in practice, and than two cores do in a minute.
+LARGEST_SHARE = 8192
+
+
+class OthersGiven(Exchange):
+    """The exchange as one rank of W sees it, with the rows of the others drawn beforehand."""
+
+    def __init__(self, world_size: int, others: Tensor | None) -> None:
+        super().__init__(None, "gather")
+        self._size = world_size
+        self._others = others
+
+    @property
+    def world_size(self) -> int:
+        return self._size
+
+    def agree(self, x: Tensor, has_ids: bool) -> None:
+        pass
+
+    def share(self, x: Tensor, ids: Tensor | None) -> "GivenRows":
+        return GivenRows(x, self._others, self._size)
+
+    def gather_vectors(self, vector: Tensor) -> Tensor:
+        return vector.expand(self._size, -1).clone()
+
+
+class GivenRows:
+    """All rows in one block, or block by block as a ring delivers them, each drawn anew into one buffer."""
+
+    def __init__(self, x: Tensor, others: Tensor | None, world_size: int) -> None:
+        self._x, self._others, self._world_size = x, others, world_size
+
+    def __iter__(self):
+        if self._others is not None:
+            yield Block(self._others, torch.arange(len(self._others), device=self._x.device), 0)
+            return
+        rows = len(self._x)
+        coming = self._x.clone()
+        for turn in range(self._world_size):
+            first = turn * rows
+            yield Block(coming, torch.arange(first, first + rows, device=coming.device), first)
+            # Other rows for the next turn; drawing them would take longer than the loss.
+            coming = torch.roll(coming, 1, dims=-1)
+
+
+def materialised(x: Tensor, rows: Tensor, w: Tensor) -> Tensor:
+    """The same share with every pair in memory; the gradient of the gathered rows is part of it."""
+    own, everything = F.normalize(x, dim=-1), F.normalize(rows, dim=-1)
+    target = torch.arange(len(x), device=x.device)
+    similarity = 0.5 * (
+        F.cross_entropy(w * own[:, 0] @ everything[:, 1].T, target)
+        + F.cross_entropy(w * own[:, 1] @ everything[:, 0].T, target)
+    )
+    uniformity = 0.0
+    for view in (0, 1):
+        potentials = torch.exp(4 * (own[:, view] @ everything[:, view].T) - 4)
+        uniformity = uniformity + 0.5 * (potentials.sum() - len(x)).log()
+    return similarity + uniformity
+
+
+def measure(way: str, batch: int, dim: int, world_size: int, device: str, repeats: int) -> dict[str, float]:
+    """Median seconds of forward and backward, and the memory that they took beyond what was there before."""
+    generator = torch.Generator().manual_seed(0)
+    share = batch // world_size
+    ring = way == "ring"
+    rows = torch.randn(share if ring else batch, 2, dim, generator=generator).to(device)
+    w = torch.tensor([10.0], device=device, requires_grad=True)
+    x = rows[:share].clone().requires_grad_()
+    rows.requires_grad_(way == "materialised")
+    exchange = OthersGiven(world_size, None if ring else rows)
+
+    def step() -> None:
+        if way == "materialised":
+            materialised(x, rows, w).backward()
+        else:
+            global_terms(x, w, None, None, exchange, SETTINGS).loss.backward()
+        x.grad = w.grad = rows.grad = None
+
+    # A small step first: libraries take their own memory once.
+    small = torch.randn(64, 2, dim, device=device, requires_grad=True)
+    global_terms(small, w, None, None, OthersGiven(1, small.detach()), SETTINGS).loss.backward()
+    materialised(small, small.detach().requires_grad_(), w).backward()
+    gc.collect()
+    before = memory(device)
+    seconds = []
+    for _ in range(repeats):
+        begin = time.perf_counter()
+        step()
+        if device == "cuda":
+            torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - begin)
+    return {"seconds": statistics.median(seconds), "mebibytes": (memory(device) - before) / 2**20}
+
+
+def memory(device: str) -> float:
+    """Bytes at the peak so far."""
+    if device == "cuda":
+        return torch.cuda.max_memory_allocated()
+    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def in_own_process(*arguments: object) -> dict[str, float]:
+    command = [sys.executable, __file__, "--one", *map(str, arguments)]
+    return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--largest", type=int, default=BATCHES[-1], metavar="K")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--ring", action="store_true", help="measure the share of K = 1 048 576 too")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--one", nargs=4, metavar=("WAY", "K", "D", "W"), help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.one:
+        way, batch, dim, world_size = options.one
+        found = measure(way, int(batch), int(dim), int(world_size), options.device, options.repeats)
+        print(json.dumps(found))
+        return
+    common = ("--repeats", options.repeats, "--device", options.device)
+    table = []
+    for dim in (256, 512):
+        for batch in (size for size in BATCHES if size <= options.largest):
+            for world_size in (1, 8, 64):
+                if batch // world_size > LARGEST_SHARE:
+                    continue
+                row: dict[str, object] = {"K": batch, "d": dim, "W": world_size, "b": batch // world_size}
+                for way in ("tiles", "materialised"):
+                    row[way] = in_own_process(way, batch, dim, world_size, *common)
+                row |= {"collectives": 2, "words": batch // world_size * 2 * dim + 2 * batch // world_size + 8}
+                table.append(row)
+                print(row, flush=True)
+    ring = None
+    if options.ring:
+        ring = in_own_process("ring", RING_BATCH, 256, RING_BATCH // RING_ROWS, "--repeats", 1, *common[2:])
+    write(table, ring, options.device)
+
+
+if __name__ == "__main__":
+    main()
