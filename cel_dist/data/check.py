@@ -37,6 +37,8 @@ class _ShardCheck(NamedTuple):
 def check(folder: str | Path, *, workers: int | None = None, progress: Progress | None = None) -> list[Fault]:
     """Every fault of a folder of shards or of a bank, whichever `folder` is; empty if it is whole.
 
+    `workers` and `progress` are those of `check_shards` and `check_bank`.
+
     Raises:
         CelError: `folder` is neither.
     """
@@ -44,7 +46,7 @@ def check(folder: str | Path, *, workers: int | None = None, progress: Progress 
     if not folder.is_dir():
         raise CelError(f"there is no folder {folder}; give one that 'cel prepare' wrote")
     if (folder / BANK_NAME).exists():
-        return check_bank(folder)
+        return check_bank(folder, workers=workers, progress=progress)
     return check_shards(folder, workers=workers, progress=progress)
 
 
@@ -149,8 +151,19 @@ def _entry_fault(job: _ShardCheck, number: int, entry: Entry, descriptor: int) -
     return stored_form_fault(os.pread(descriptor, entry.audio.size, entry.audio.offset), entry.samples)
 
 
-def check_bank(folder: str | Path) -> list[Fault]:
-    """Every fault of a bank: sizes, lengths of the clips, sha256 of the audio, temporary files."""
+class _CategoryCheck(NamedTuple):
+    path: Path
+    sha256: str
+
+
+def check_bank(folder: str | Path, *, workers: int | None = None, progress: Progress | None = None) -> list[Fault]:
+    """Every fault of a bank: sizes, lengths of the clips, sha256 of the audio, temporary files.
+
+    Args:
+        folder: what `cel prepare --bank` wrote.
+        workers: processes; default: the cores that this process may use.
+        progress: called with the number of categories done and in all.
+    """
     folder = Path(folder)
     faults = [Fault(path.name, None, "left by an interrupted run") for path in leftovers(folder)]
     try:
@@ -158,8 +171,16 @@ def check_bank(folder: str | Path) -> list[Fault]:
         Bank.open(folder)
     except CelError as error:
         return [*faults, Fault(BANK_NAME, None, str(error))]
-    return faults + [
-        Fault(category_path(folder, category).name, None, f"its sha256 is not the one in {BANK_NAME}")
-        for category, record in manifest.categories.items()
-        if sha256_of(category_path(folder, category)) != record.sha256
-    ]
+    jobs = [_CategoryCheck(category_path(folder, name), record.sha256) for name, record in manifest.categories.items()]
+    with closing(run_jobs(check_category, jobs, len(jobs), workers)) as results:
+        for done, (job, is_whole) in enumerate(zip(jobs, results, strict=True), 1):
+            if not is_whole:
+                faults.append(Fault(job.path.name, None, f"its sha256 is not the one in {BANK_NAME}"))
+            if progress is not None:
+                progress(done, len(jobs))
+    return faults
+
+
+def check_category(job: _CategoryCheck) -> bool:
+    """Whether the audio of a category has the sha256 that the manifest states."""
+    return sha256_of(job.path) == job.sha256
