@@ -41,6 +41,8 @@ def test_every_file_of_a_tree_is_there_once_with_its_audio(corpus: Path, tmp_pat
         assert description["seconds"] == folder.index.samples[place] / 16_000
         assert "speaker" not in description
     assert folder.manifest.seconds == 58.0
+    assert folder.index.speaker.tolist() == [-1] * 20
+    assert "speaker" not in np.load(tmp_path / "out" / "index.npz")
     assert check_shards(tmp_path / "out", workers=1) == []
 
 
@@ -58,7 +60,10 @@ def test_any_number_of_workers_writes_the_same_bytes(corpus: Path, labels: Path,
         out = tmp_path / str(workers)
         prepare(corpus, out, labels=labels, samples_per_shard=5, audio_format="flac", workers=workers)
     assert contents(tmp_path / "1") == contents(tmp_path / "2")
-    assert [description["speaker"] for description in descriptions(out)] == [speaker_of(path) for path in paths(out)]
+    index = ShardFolder.open(out).index
+    assert (index.speaker.dtype, index.speaker_names.tolist()) == (np.int32, ["a_b", "c", "s0", "s1", "s2"])
+    found = [description["speaker"] for description in descriptions(out)]
+    assert index.speaker_names[index.speaker].tolist() == found == [speaker_of(path) for path in paths(out)]
     assert check_shards(out, workers=1) == []
 
 

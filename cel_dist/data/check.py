@@ -54,8 +54,8 @@ def check_shards(folder: str | Path, *, workers: int | None = None, progress: Pr
     """Every fault of a folder of shards.
 
     Checked are: manifest against index against files; sha256 and structure of every tar; that each audio member lies
-    where the index says, is 16 kHz mono 16-bit, and decodes to the length that index and JSON state; that no key occurs
-    twice; that no temporary file and no unlisted shard lies about.
+    where the index says, has the speaker that the index says, is 16 kHz mono 16-bit, and decodes to the length that
+    index and JSON state; that no key occurs twice; that no temporary file and no unlisted shard lies about.
 
     Args:
         folder: what `cel prepare` wrote.
@@ -106,7 +106,7 @@ def _shard_checks(folder: Path, manifest: Manifest, index: Index | None) -> Iter
     for record in manifest.shards:
         # The index is in shard order, so that a shard's rows are one slice.
         part = slice(first, first + record.samples)
-        rows = None if index is None else ShardRows(index.offset[part], index.size[part], index.samples[part])
+        rows = None if index is None else index.rows(part)
         yield _ShardCheck(folder, record, manifest.audio_format, rows)
         first += record.samples
 
@@ -148,6 +148,9 @@ def _entry_fault(job: _ShardCheck, number: int, entry: Entry, descriptor: int) -
         stated = (job.rows.offset[number], job.rows.size[number], job.rows.samples[number])
         if stated != (entry.audio.offset, entry.audio.size, entry.samples):
             return "index and tar differ in where its audio lies or how long it is"
+        # An index without the speaker is older than the place for it.
+        if job.rows.speakers[number] not in (None, entry.speaker):
+            return f"index and tar differ in its speaker, {job.rows.speakers[number]} and {entry.speaker}"
     return stored_form_fault(os.pread(descriptor, entry.audio.size, entry.audio.offset), entry.samples)
 
 

@@ -105,6 +105,7 @@ class ShardOutcome:
             "fingerprint": fingerprint,
             "record": record,
             "rows": rows,
+            "speakers": self.rows.speakers,
             "rejects": self.rejects,
         }
         with atomic_write(path) as file:
@@ -119,7 +120,7 @@ class ShardOutcome:
                 return None
             record = None if state["record"] is None else ShardRecord.model_validate(state["record"])
             offset, size, samples = (np.array(column, np.int64) for column in state["rows"])
-            rows = ShardRows(offset, size, samples)
+            rows = ShardRows(offset, size, samples, tuple(state["speakers"]))
             return cls(record, rows, tuple(Reject(*fields) for fields in state["rejects"]))
         except (FileNotFoundError, ValueError, KeyError, TypeError):
             return None
@@ -322,7 +323,7 @@ def build_shard(job: ShardJob) -> ShardOutcome:
     first = next(utterances, None)
     if first is None:
         empty = np.zeros(0, np.int64)
-        record, rows = None, ShardRows(empty, empty, empty)
+        record, rows = None, ShardRows(empty, empty, empty, ())
         # One from before its files were replaced may be there.
         (job.out / job.name).unlink(missing_ok=True)
     else:
