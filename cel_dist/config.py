@@ -6,22 +6,38 @@ says what it does in its description, and combinations that cannot work are refu
 
 import difflib
 from collections.abc import Iterable, Mapping
+from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic_core import PydanticCustomError
 
 from cel_dist.errors import CelError
 
-Range = tuple[float, float]
-Positive = Annotated[int, Field(gt=0)]
+
+def _not_a_boolean(value: Any) -> Any:
+    # Python counts true as 1, and YAML reads on, off, yes and no as true and false.
+    if isinstance(value, bool):
+        raise PydanticCustomError("number", "Input should be a number")
+    return value
+
+
+NotABoolean = BeforeValidator(_not_a_boolean)
+Whole = Annotated[int, NotABoolean]
+Real = Annotated[float, NotABoolean]
+Positive = Annotated[Whole, Field(gt=0)]
+Decibels = Annotated[Real, Field(ge=-100, le=100)]
+Range = tuple[Decibels, Decibels]
 
 
 class Section(BaseModel):
-    """A part of the configuration. Unknown keys are errors and values do not change after loading."""
+    """A part of the configuration. Unknown keys are errors, numbers are finite, values do not change after loading."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, validate_default=True)
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, use_attribute_docstrings=True, validate_default=True, allow_inf_nan=False
+    )
 
 
 class RunSection(Section):
@@ -40,18 +56,18 @@ class DataSection(Section):
     """Folder written by `cel prepare`."""
     bank: Path | None = None
     """Noise and room bank written by `cel prepare --bank`; profiles above 0 need one."""
-    workers: Annotated[int, Field(ge=0)] = 1
+    workers: Annotated[Whole, Field(ge=0, le=1024)] = 1
     """Reader processes per rank; 0 reads in the training process."""
     short: Literal["drop", "overlap", "repeat"] = "drop"
     """Utterances shorter than two segments: leave out, let the segments overlap, or repeat the audio until two fit."""
-    segment_frames: Annotated[int, Field(ge=16)] = 180
+    segment_frames: Annotated[Whole, Field(ge=16, le=60_000)] = 180
     """Length of a segment in frames of 10 ms; 180 frames are 29 040 samples."""
 
 
 class AugmentSection(Section):
     """Augmentation of both views, with the published ranges."""
 
-    profile: Literal[0, 1, 2, 3] = 3
+    profile: Annotated[Literal[0, 1, 2, 3], NotABoolean] = 3
     """0 none, 1 noise, 2 a room for a quarter of the segments and noise for the others, 3 room and noise."""
     noise_snr_db: Range = (0.0, 15.0)
     """SNR of noises."""
@@ -68,7 +84,7 @@ class EncoderSection(Section):
 
     name: str = "fast_resnet34"
     """Registered name of the encoder."""
-    embedding_dim: Positive = 512
+    embedding_dim: Annotated[Whole, Field(gt=0, le=65_536)] = 512
     """Size D of the embedding."""
     views: Literal["separate", "joint"] = "separate"
     """One forward pass a view, so that batch-norm statistics are per view (published), or one joint pass."""
@@ -83,28 +99,28 @@ class LossSection(Section):
     """The loss that pulls the views of an utterance together."""
     pairs: Literal["pon", "apn", "an"] = "pon"
     """The pairs whose distance uniformity maximises: within a view, all, or all but the positives."""
-    t: Annotated[float, Field(gt=0)] = 2.0
+    t: Annotated[Real, Field(gt=0)] = 2.0
     """Temperature of the uniformity loss."""
-    lambda_s: Annotated[float, Field(ge=0)] = 1.0
+    lambda_s: Annotated[Real, Field(ge=0)] = 1.0
     """Weight of the similarity loss."""
-    lambda_u: Annotated[float, Field(ge=0)] = 1.0
+    lambda_u: Annotated[Real, Field(ge=0)] = 1.0
     """Weight of the uniformity loss."""
 
 
 class TrainSection(Section):
     """How long, how large, how exact."""
 
-    batch_size: Annotated[int, Field(ge=2)] = 200
+    batch_size: Annotated[Whole, Field(ge=2)] = 200
     """Utterances in the global batch K, over all ranks."""
     epochs: Positive = 500
     """Passes over the data."""
     max_steps: Positive | None = None
     """Stop after this many steps even if epochs are left."""
-    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    seed: Annotated[Whole, Field(ge=0, lt=2**63)] = 0
     """Seed of everything that is drawn: initial weights, order, segments, augmentation."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """Encoder arithmetic; bf16 is autocast, and features, loss and parameters stay fp32 in either case."""
-    threads: Positive | None = None
+    threads: Annotated[Whole, Field(gt=0, le=4096)] | None = None
     """CPU threads of a rank. Default: the cores of the machine divided by its ranks."""
     log_every: Positive = 10
     """Steps between two lines in the log, `metrics.jsonl` and MLflow."""
@@ -113,28 +129,28 @@ class TrainSection(Section):
 class OptimSection(Section):
     """Adam and its learning rate."""
 
-    lr: Annotated[float, Field(gt=0)] = 1e-3
+    lr: Annotated[Real, Field(gt=0)] = 1e-3
     """Peak learning rate."""
     schedule: Literal["step", "cosine"] = "step"
     """`step` multiplies by `decay` every `decay_epochs` (published); `cosine` falls to `min_lr` at the last step."""
-    decay: Annotated[float, Field(gt=0, le=1)] = 0.95
+    decay: Annotated[Real, Field(gt=0, le=1)] = 0.95
     """Factor of the step schedule."""
     decay_epochs: Positive = 10
     """Epochs between two decays of the step schedule."""
-    warmup_steps: Annotated[int, Field(ge=0)] = 0
+    warmup_steps: Annotated[Whole, Field(ge=0)] = 0
     """Steps of linear warm-up before either schedule."""
-    min_lr: Annotated[float, Field(ge=0)] = 0.0
+    min_lr: Annotated[Real, Field(ge=0)] = 0.0
     """Final learning rate of the cosine schedule."""
-    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    weight_decay: Annotated[Real, Field(ge=0)] = 0.0
     """Decoupled weight decay of the encoder; never applied to the loss parameters."""
-    clip_norm: Annotated[float, Field(ge=0)] = 0.0
+    clip_norm: Annotated[Real, Field(ge=0)] = 0.0
     """Gradient norm to clip to; 0 is off."""
 
 
 class EngineSection(Section):
     """DeepSpeed."""
 
-    zero_stage: Literal[0, 1, 2, 3] = 0
+    zero_stage: Annotated[Literal[0, 1, 2, 3], NotABoolean] = 0
     """ZeRO stage: what is partitioned over the ranks (1 optimizer state, 2 gradients too, 3 parameters too)."""
 
 
@@ -222,16 +238,19 @@ def load_config(path: str | Path, overrides: Iterable[str] = ()) -> Config:
         overrides: dotted assignments such as `train.batch_size=64`; values are YAML.
 
     Raises:
-        CelError: the file is missing or not a mapping, an override is malformed, a key is unknown (the nearest valid
-            one is named), a value has the wrong type or range, or two settings exclude each other.
+        CelError: the file is missing, not text or not a mapping, an override is malformed, a key is there twice or
+            unknown (the nearest valid one is named), a value has the wrong type or range, or two settings exclude each
+            other.
     """
     try:
         text = Path(path).read_text(encoding="utf-8")
     except OSError as error:
         raise CelError(f"cannot read the configuration {path}: {error.strerror}; name a YAML file") from None
+    except UnicodeDecodeError:
+        raise CelError(f"the configuration {path} is not UTF-8 text; save it as UTF-8, or name a YAML file") from None
     try:
-        tree = yaml.safe_load(text)
-    except yaml.YAMLError as error:
+        tree = _read_yaml(text, (), str(path))
+    except _YAML_ERRORS as error:
         raise CelError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
     if tree is None:
         tree = {}
@@ -261,15 +280,74 @@ def dump_config(config: Config) -> str:
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
 
 
+class _Loader(yaml.SafeLoader):
+    """YAML without dates: no setting is one, and a run may well be named after the day."""
+
+    yaml_implicit_resolvers = {  # noqa: RUF012 (the base class declares it so)
+        first: [(tag, pattern) for tag, pattern in resolvers if not tag.endswith(":timestamp")]
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+
+
+# The last three are what PyYAML lets through for a number or a tag that its own patterns accept and Python does not.
+_YAML_ERRORS = (yaml.YAMLError, ValueError, LookupError, AttributeError)
+_STRING_TAG = "tag:yaml.org,2002:str"
+_SCALAR_TAGS = ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float", "tag:yaml.org,2002:bool")
+
+
+def _read_yaml(text: str, path: tuple[str, ...], source: str) -> Any:
+    """The value of a YAML text that is to become the setting at `path`, or the whole tree if that is empty."""
+    loader = _Loader(text)
+    try:
+        node = loader.get_single_node()
+        if node is None:
+            return None
+        _check_node(node, path, source, set())
+        return loader.construct_document(node)
+    finally:
+        loader.dispose()
+
+
+def _check_node(node: yaml.Node, path: tuple[str, ...], source: str, seen: set[int]) -> None:
+    """Refuse keys that are there twice, and take numbers as written where text is wanted: `run.name: 007`."""
+    # An alias leads to a node again, and may lead to itself.
+    if id(node) in seen:
+        return
+    seen.add(id(node))
+    if isinstance(node, yaml.MappingNode):
+        lines: dict[str, int] = {}
+        for key, value in node.value:
+            inner, line = (*path, str(key.value)), key.start_mark.line + 1
+            if inner[-1] in lines:
+                raise CelError(
+                    f"{source}: '{'.'.join(inner)}' is set in line {lines[inner[-1]]} and again in line {line}; remove "
+                    "one"
+                )
+            lines[inner[-1]] = line
+            _check_node(value, inner, source, seen)
+    elif node.tag in _SCALAR_TAGS and path in _text_settings():
+        node.tag = _STRING_TAG
+
+
+@cache
+def _text_settings() -> frozenset[tuple[str, str]]:
+    return frozenset(
+        (section, name)
+        for section, part in Config.model_fields.items()
+        for name, field in part.annotation.model_fields.items()  # type: ignore[union-attr]
+        if {str, Path} & {field.annotation, *get_args(field.annotation)}
+    )
+
+
 def _assign(tree: dict[str, Any], override: str) -> None:
     key, equals, text = override.partition("=")
     if not equals or not key:
         raise CelError(f"override '{override}' is not of the form key=value, for example train.batch_size=64")
-    try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError:
-        value = text
     *sections, leaf = key.split(".")
+    try:
+        value = _read_yaml(text, (*sections, leaf), f"override '{override}'")
+    except _YAML_ERRORS:
+        value = text
     node = tree
     for section in sections:
         child = node.setdefault(section, {})

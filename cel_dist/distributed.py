@@ -28,18 +28,27 @@ class World:
         """Read RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE (or LOCAL_SIZE); none of them means one process.
 
         Raises:
-            CelError: some of the variables are there and others missing or not numbers.
+            CelError: some of the variables are there and others missing, not numbers or out of range.
         """
         if "WORLD_SIZE" not in environment:
             return cls()
+        values = {name: environment.get(name) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+        for name, value in values.items():
+            if value is None:
+                raise CelError(f"WORLD_SIZE is set but {name} is not; start through deepspeed or torchrun")
+        local_name = next((name for name in ("LOCAL_WORLD_SIZE", "LOCAL_SIZE") if environment.get(name)), "WORLD_SIZE")
+        values[local_name] = environment[local_name]
         try:
-            rank, size, local_rank = (int(environment[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
-        except KeyError as error:
-            raise CelError(f"WORLD_SIZE is set but {error} is not; start through deepspeed or torchrun") from None
+            numbers = {name: int(value or "") for name, value in values.items()}
         except ValueError as error:
-            raise CelError(f"RANK, WORLD_SIZE and LOCAL_RANK must be numbers ({error})") from None
-        local_size = int(environment.get("LOCAL_WORLD_SIZE") or environment.get("LOCAL_SIZE") or size)
-        return cls(rank, size, local_rank, local_size)
+            raise CelError(
+                f"{', '.join(values)} must be numbers ({error}); start through deepspeed or torchrun"
+            ) from None
+        world = cls(numbers["RANK"], numbers["WORLD_SIZE"], numbers["LOCAL_RANK"], numbers[local_name])
+        if not (0 <= world.rank < world.size and world.local_rank >= 0 and world.local_size >= 1):
+            stated = ", ".join(f"{name}={value}" for name, value in values.items())
+            raise CelError(f"the environment says {stated}, which no job has; start through deepspeed or torchrun")
+        return world
 
     @property
     def is_main(self) -> bool:

@@ -241,7 +241,9 @@ def _read_summary(path: Path) -> dict[str, Any]:
 
 
 def _read_scores(path: Path) -> Scores | None:
-    rows = [line.split() for line in _text(path).splitlines()]
+    from cel_dist.evaluation.trials import split_columns
+
+    rows = [split_columns(line, 4) for line in _text(path).split("\n") if line]
     if not rows:
         return None
     try:

@@ -144,6 +144,18 @@ def test_a_finished_bank_is_not_written_again_and_another_is_refused(
     assert check(folder) == []
 
 
+def test_a_repaired_clip_is_looked_at_again(tmp_path: Path) -> None:
+    clips = tmp_path / "noise"
+    clips.mkdir()
+    soundfile.write(clips / "a.wav", np.random.default_rng(0).normal(size=8000) * 0.1, 16_000)
+    (clips / "b.wav").write_text("words")
+    assert prepare_bank(clips, tmp_path / "out", workers=1).rejected == 1
+    (clips / "b.wav").write_bytes((clips / "a.wav").read_bytes())
+    result = prepare_bank(clips, tmp_path / "out", workers=1)
+    assert (result.clips, result.rejected) == ({"noise": 2}, 0)
+    assert check(tmp_path / "out") == []
+
+
 def test_what_does_not_fit_together_is_refused(folder: Path) -> None:
     data = (folder / "music.i16").read_bytes()
     (folder / "music.i16").write_bytes(data[:-2])
@@ -155,7 +167,11 @@ def test_what_does_not_fit_together_is_refused(folder: Path) -> None:
         Bank.open(folder)
     (folder / "music.i16").write_bytes(bytes([data[0] ^ 1]) + data[1:])
     Bank.open(folder)
-    assert [str(fault) for fault in check(folder)] == ["music.i16: its sha256 is not the one in bank.json"]
+    steps: list[tuple[int, int]] = []
+    faults = check(folder, workers=2, progress=lambda done, total: steps.append((done, total)))
+    assert [str(fault) for fault in faults] == ["music.i16: its sha256 is not the one in bank.json"]
+    assert faults == check(folder, workers=1)
+    assert steps == [(1, 4), (2, 4), (3, 4), (4, 4)]
     np.savez(folder / "clips.npz", noise=[1], speech=[1], music=[1], rir=[1])
     with pytest.raises(CelError, match=r"clips\.npz"):
         Bank.open(folder)

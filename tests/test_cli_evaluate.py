@@ -102,6 +102,14 @@ def test_evaluate_writes_scores_and_plots_beside_the_numbers(cel, folder):
     assert "elsewhere/scores.txt" in out
 
 
+def test_names_with_blanks_go_through_trials_and_scores(cel, folder):
+    Path("audio/a.wav").rename("audio/Ann Lee.wav")
+    Path("trials.txt").write_text("1\tAnn Lee.wav\tb.wav\n0\tAnn Lee.wav\tc.wav\n")
+    result = outcome(cel(*EVALUATE, "--json"))
+    rows = [line.split("\t")[:3] for line in Path(result["scores"]).read_text().splitlines()]
+    assert rows == [["1", "Ann Lee.wav", "b.wav"], ["0", "Ann Lee.wav", "c.wav"]]
+
+
 def test_windows_change_the_scores(cel, folder):
     arguments = (*EVALUATE, "--json", "--frames", 20)
     one = outcome(cel(*arguments, "--windows", 1))["threshold"]
@@ -168,6 +176,10 @@ def test_embed_writes_names_and_unit_rows(cel, folder):
             "3 of 3 audio files are missing",
         ),
         ((*EVALUATE, "--frames", "3"), "frames=3"),
+        ((*EVALUATE, "--out", "trials.txt"), "trials.txt is a file"),
+        ((*EVALUATE, "--out", "trials.txt/below"), "trials.txt is a file"),
+        ((*EVALUATE, "--calibrate", "trials.txt"), "trials.txt is a file"),
+        (("embed", "--model", "model", "audio", "--out", "audio"), "audio is a folder"),
         ((*EVALUATE, "--frames", "20", "--calibrate", "new"), "leave out --frames"),
     ],
 )

@@ -48,6 +48,17 @@ def test_the_dumped_configuration_reads_back_equal(tmp_path):
         ({"optim": {"lr": 1e-4, "min_lr": 1e-3}}, "optim.min_lr"),
         ({"eval": {"trials": "t.txt"}}, "eval.trials and eval.root"),
         ({"data": {}}, "'data.shards' is required"),
+        ({"optim": {"lr": float("inf")}}, "'optim.lr': .*finite number, not inf"),
+        ({"optim": {"weight_decay": float("inf")}}, "'optim.weight_decay': .*finite"),
+        ({"loss": {"t": float("inf")}}, "'loss.t': .*finite"),
+        ({"loss": {"lambda_s": float("nan")}}, "'loss.lambda_s': .*finite"),
+        ({"augment": {"profile": 0, "noise_snr_db": [float("nan"), 1]}}, "'augment.noise_snr_db.0': .*finite"),
+        ({"augment": {"profile": 0, "noise_snr_db": [0, 1e9]}}, "'augment.noise_snr_db.1': .*equal to 100"),
+        ({"augment": {"profile": False}}, "'augment.profile': .*a number, not False"),
+        ({"train": {"max_steps": True}}, "'train.max_steps': input should be a number, not True"),
+        ({"optim": {"lr": True}}, "'optim.lr': input should be a number, not True"),
+        ({"encoder": {"embedding_dim": 10**9}}, "'encoder.embedding_dim': .*equal to 65536"),
+        ({"run": {"name": [1]}}, "'run.name': .*valid string, not"),
     ],
 )
 def test_bad_settings_are_named_with_their_path_in_one_line(tmp_path, change, message):
@@ -59,11 +70,21 @@ def test_bad_settings_are_named_with_their_path_in_one_line(tmp_path, change, me
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [("a: [", "not valid YAML"), ("- 1\n", "holds a list"), ("", "'data' is required")],
+    [
+        (b"a: [", "not valid YAML"),
+        (b"train: {epochs: 0b_}", "not valid YAML"),
+        (b"train: {epochs: !!bool 7}", "not valid YAML"),
+        (b"- 1\n", "holds a list"),
+        (b"", "'data' is required"),
+        (b"run: {name: caf\xe9}", "not UTF-8"),
+        (b"train:\n  epochs: 1\nrun: {}\ntrain:\n  max_steps: 1\n", "'train' is set in line 1 and again in line 4"),
+        (b"train:\n  epochs: 1\n  epochs: 2\n", "'train.epochs' is set in line 2 and again in line 3"),
+        (b"train: &a {epochs: *a}", "'train.epochs'"),
+    ],
 )
 def test_files_that_are_no_configuration(tmp_path, content, message):
     file = tmp_path / "c.yaml"
-    file.write_text(content)
+    file.write_bytes(content)
     with pytest.raises(CelError, match=message):
         load_config(file)
 
@@ -76,3 +97,15 @@ def test_a_missing_file_and_a_malformed_override(tmp_path):
         load_config(file, ["train.batch_size"])
     with pytest.raises(CelError, match="is a value, not a section"):
         load_config(file, ["data.shards.deep=1"])
+
+
+@pytest.mark.parametrize("name", ["123", "007", "1.10", "yes", "2024-01-31", "2024-99-99", "0b_", "1:30"])
+def test_a_name_is_taken_as_it_is_written(tmp_path, name):
+    file = tmp_path / "c.yaml"
+    file.write_text(f"data: {{shards: {name}}}\naugment: {{profile: 0}}\nrun: {{name: {name}}}\n")
+    config = load_config(file)
+    assert (config.run.name, str(config.data.shards)) == (name, name)
+    assert load_config(file, [f"run.name={name}", f"encoder.init={name}"]).encoder.init == name
+    file.write_text(dump_config(config))
+    assert load_config(file) == config
+    assert load_config(file, ["run.name=null"]).run.name is None

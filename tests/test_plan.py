@@ -54,6 +54,23 @@ def test_a_batch_that_does_not_divide_names_the_next_one_that_does():
         World(0, 3).rows(16)
 
 
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"LOCAL_WORLD_SIZE": "two"}, "LOCAL_WORLD_SIZE must be numbers.*'two'"),
+        ({"LOCAL_SIZE": "x"}, "LOCAL_SIZE must be numbers"),
+        ({"RANK": ""}, "must be numbers"),
+        ({"LOCAL_RANK": None}, "LOCAL_RANK is not"),
+        ({"RANK": "2"}, "RANK=2, WORLD_SIZE=2"),
+        ({"LOCAL_WORLD_SIZE": "-1"}, "LOCAL_WORLD_SIZE=-1"),
+    ],
+)
+def test_an_environment_of_no_job_is_refused(change, words):
+    environment = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", **change}
+    with pytest.raises(CelError, match=words):
+        World.from_environment({name: value for name, value in environment.items() if value is not None})
+
+
 def test_segments_do_not_overlap_lie_inside_and_come_in_both_orders():
     batches = [plan().batch(epoch, step) for epoch in range(5) for step in range(plan().steps_per_epoch)]
     ids = np.concatenate([batch.ids for batch in batches])

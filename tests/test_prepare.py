@@ -1,36 +1,18 @@
 import json
-import multiprocessing
 import os
-import resource
-import signal
-import subprocess
-import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 import soundfile
+from prepare_corpus import NAMES, contents, descriptions, paths, speaker_of, table, voice, write_corpus
 
 from cel_dist.cli.app import run
 from cel_dist.data.audio import read_audio
 from cel_dist.data.check import check_shards
-from cel_dist.data.prepare import PrepareResult, prepare
+from cel_dist.data.prepare import prepare
 from cel_dist.data.shards import ShardFolder
-from cel_dist.errors import CelError, RunError
-
-NAMES = ["a b/ü1.wav", "a b/2.FLAC", "c/d.e/3.ogg", *(f"s{number % 3}/{number:03d}.flac" for number in range(4, 21))]
-
-
-def voice(seed: int, seconds: float, rate: int = 16_000) -> np.ndarray:
-    return np.random.default_rng(seed).normal(size=round(seconds * rate)) * 0.1
-
-
-def write_corpus(folder: Path, names: list[str] = NAMES) -> Path:
-    for seed, name in enumerate(names):
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        soundfile.write(folder / name, voice(seed, 1.0 + 0.2 * seed), 16_000)
-    return folder
+from cel_dist.errors import CelError
 
 
 @pytest.fixture(scope="module")
@@ -38,29 +20,11 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_corpus(tmp_path_factory.mktemp("corpus"))
 
 
-def contents(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
-
-
-def descriptions(folder: Path) -> list[dict[str, object]]:
-    """The JSON members of all samples, in the order of the shards."""
-    import tarfile
-
-    found = []
-    for record in ShardFolder.open(folder).manifest.shards:
-        with tarfile.open(folder / record.name) as tar:
-            found += [json.load(tar.extractfile(name)) for name in tar.getnames() if name.endswith(".json")]
-    return found
-
-
-def paths(folder: Path) -> list[str]:
-    return [str(description["path"]) for description in descriptions(folder)]
-
-
-def table(result: PrepareResult) -> dict[str, str]:
-    header, *rows = result.rejects.read_text().splitlines()
-    assert header == "path\treason\tdetail"
-    return dict(row.split("\t")[:2] for row in rows)
+@pytest.fixture(scope="module")
+def labels(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("labels") / "labels"
+    path.write_text("".join(f"{name} {speaker_of(name)}\n" for name in NAMES), encoding="utf-8")
+    return path
 
 
 def test_every_file_of_a_tree_is_there_once_with_its_audio(corpus: Path, tmp_path: Path) -> None:
@@ -77,6 +41,8 @@ def test_every_file_of_a_tree_is_there_once_with_its_audio(corpus: Path, tmp_pat
         assert description["seconds"] == folder.index.samples[place] / 16_000
         assert "speaker" not in description
     assert folder.manifest.seconds == 58.0
+    assert folder.index.speaker.tolist() == [-1] * 20
+    assert "speaker" not in np.load(tmp_path / "out" / "index.npz")
     assert check_shards(tmp_path / "out", workers=1) == []
 
 
@@ -89,10 +55,16 @@ def test_the_order_is_shuffled_and_depends_on_the_seed_only(corpus: Path, tmp_pa
     assert paths(tmp_path / "a") == paths(tmp_path / "c")
 
 
-def test_any_number_of_workers_writes_the_same_bytes(corpus: Path, tmp_path: Path) -> None:
+def test_any_number_of_workers_writes_the_same_bytes(corpus: Path, labels: Path, tmp_path: Path) -> None:
     for workers in (1, 2):
-        prepare(corpus, tmp_path / str(workers), samples_per_shard=5, audio_format="flac", workers=workers)
+        out = tmp_path / str(workers)
+        prepare(corpus, out, labels=labels, samples_per_shard=5, audio_format="flac", workers=workers)
     assert contents(tmp_path / "1") == contents(tmp_path / "2")
+    index = ShardFolder.open(out).index
+    assert (index.speaker.dtype, index.speaker_names.tolist()) == (np.int32, ["a_b", "c", "s0", "s1", "s2"])
+    found = [description["speaker"] for description in descriptions(out)]
+    assert index.speaker_names[index.speaker].tolist() == found == [speaker_of(path) for path in paths(out)]
+    assert check_shards(out, workers=1) == []
 
 
 def test_unusable_files_are_reported_by_name_and_reason_and_stop_nothing(tmp_path: Path) -> None:
@@ -137,17 +109,6 @@ def test_a_shard_that_lost_all_its_files_is_left_out(tmp_path: Path) -> None:
 
 def test_the_shortest_length_can_be_chosen(corpus: Path, tmp_path: Path) -> None:
     assert prepare(corpus, tmp_path / "out", min_seconds=2.0, workers=1).rejected == 5
-
-
-def test_if_all_files_are_rejected_the_table_is_named_and_a_rerun_looks_again(tmp_path: Path) -> None:
-    source = tmp_path / "corpus"
-    source.mkdir()
-    (source / "a.wav").write_text("words")
-    with pytest.raises(CelError, match=r"all 1 audio files were rejected.*rejects\.tsv"):
-        prepare(source, tmp_path / "out", workers=1)
-    assert "a.wav\tunreadable" in (tmp_path / "out" / "rejects.tsv").read_text()
-    write_corpus(source, ["a.wav"])
-    assert prepare(source, tmp_path / "out", workers=1).samples == 1
 
 
 def test_names_that_are_not_utf_8_are_kept(tmp_path: Path) -> None:
@@ -231,127 +192,6 @@ def test_a_wrong_source_or_option_is_an_error(corpus: Path, tmp_path: Path) -> N
         with pytest.raises(CelError, match=words):
             prepare(source, tmp_path / out, **options)
     assert not (tmp_path / "out").exists()
-
-
-def test_a_finished_job_is_not_done_again_and_another_one_is_refused(corpus: Path, tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    result = prepare(corpus, out, workers=1)
-    before = {path: path.stat().st_mtime_ns for path in out.iterdir()}
-    assert prepare(corpus, out, workers=1) == result
-    assert {path: path.stat().st_mtime_ns for path in out.iterdir()} == before | {
-        out / ".lock": (out / ".lock").stat().st_mtime_ns
-    }
-    with pytest.raises(CelError, match=r"another preparation \(seed 0, not 1\)"):
-        prepare(corpus, out, seed=1, workers=1)
-    with pytest.raises(CelError, match="audio_format wav, not flac"):
-        prepare(corpus, out, audio_format="flac", workers=1)
-    (tmp_path / "list").write_text("s1/004.flac\n")
-    with pytest.raises(CelError, match="other files"):
-        prepare(corpus, out, list_file=tmp_path / "list", workers=1)
-    (tmp_path / "foreign").mkdir()
-    (tmp_path / "foreign" / "x.tar").write_bytes(b"")
-    with pytest.raises(CelError, match=r"x\.tar"):
-        prepare(corpus, tmp_path / "foreign", workers=1)
-
-
-def test_a_lost_or_cut_shard_is_written_again_and_no_other(corpus: Path, tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    prepare(corpus, out, samples_per_shard=5, workers=1)
-    whole = contents(out)
-    kept = (out / "train-000003.tar").stat().st_ino
-    (out / "train-000000.tar").unlink()
-    os.truncate(out / "train-000002.tar", 1000)
-    (out / ".train-000001.tar.1.tmp").write_bytes(b"half")
-    steps: list[tuple[int, int]] = []
-    prepare(corpus, out, samples_per_shard=5, workers=1, progress=lambda done, total: steps.append((done, total)))
-    assert steps == [(10, 20), (15, 20), (20, 20)]
-    assert contents(out) == whole
-    assert (out / "train-000003.tar").stat().st_ino == kept
-
-
-STOP_AFTER_FIRST_SHARD = """
-import sys
-from cel_dist.data.prepare import prepare
-def progress(done, total):
-    if done:
-        print("shard", flush=True)
-        sys.stdin.read()
-if __name__ == "__main__":
-    prepare(sys.argv[1], sys.argv[2], samples_per_shard=2, workers=2, progress=progress)
-"""
-
-
-def test_a_killed_run_leaves_nothing_that_passes_and_is_continued(corpus: Path, tmp_path: Path) -> None:
-    script, out = tmp_path / "killed.py", tmp_path / "out"
-    script.write_text(STOP_AFTER_FIRST_SHARD)
-    command = [sys.executable, str(script), str(corpus), str(out)]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
-        assert process.stdout is not None
-        # The parent stands still after its first shard, its workers go on, and none of them outlives it.
-        assert process.stdout.readline() == b"shard\n"
-        with pytest.raises(RunError, match="another 'cel prepare' is writing"):
-            prepare(corpus, out, samples_per_shard=2, workers=1)
-        process.send_signal(signal.SIGKILL)
-        # The workers hold the other end of the pipe: it ends when the last of them has.
-        assert process.stdout.read() == b""
-    with pytest.raises(CelError, match="if it was interrupted"):
-        ShardFolder.open(out)
-    assert [fault.shard for fault in check_shards(out) if not fault.shard.endswith(".tmp")] == ["manifest.json"]
-    there = {path.name: path.stat().st_ino for path in out.glob("*.tar")}
-    assert 0 < len(there) < 10
-    recorded = {path.name.removesuffix(".json") for path in (out / ".prepare").glob("*.tar.json")}
-    prepare(corpus, out, samples_per_shard=2, workers=1)
-    assert all((out / name).stat().st_ino == there[name] for name in recorded)
-    prepare(corpus, tmp_path / "straight", samples_per_shard=2, workers=1)
-    assert contents(out) == contents(tmp_path / "straight")
-
-
-def test_a_killed_worker_is_one_error_and_the_run_is_continued(corpus: Path, tmp_path: Path) -> None:
-    def kill_a_worker(done: int, total: int) -> None:
-        if done:
-            os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)
-
-    with pytest.raises(RunError, match="a worker process was killed"):
-        prepare(corpus, tmp_path / "out", samples_per_shard=1, workers=2, progress=kill_a_worker)
-    assert prepare(corpus, tmp_path / "out", samples_per_shard=1, workers=1).samples == 20
-    assert check_shards(tmp_path / "out", workers=1) == []
-
-
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    mount = tmp_path / "disk"
-    mount.mkdir()
-    done = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=600k", "tmpfs", mount], capture_output=True, check=False)
-    if done.returncode:
-        pytest.skip(f"mounting a small tmpfs is not permitted here: {done.stderr.decode().strip()}")
-    yield mount
-    subprocess.run(["umount", mount], check=True)
-
-
-@pytest.mark.parametrize("workers", [1, 2])
-def test_a_full_disk_leaves_no_half_shard_and_is_continued(corpus: Path, small_disk: Path, workers: int) -> None:
-    out = small_disk / "out"
-    with pytest.raises(RunError, match=r"cannot write .*disk/out: no space left on device.*run the same command again"):
-        prepare(corpus, out, samples_per_shard=4, workers=workers)
-    assert not (out / "manifest.json").exists()
-    assert list(out.glob(".*.tmp")) == []
-    recorded = {path.name.removesuffix(".json") for path in (out / ".prepare").glob("*.tar.json")}
-    assert recorded == {path.name for path in out.glob("*.tar")} != set()
-    subprocess.run(["mount", "-o", "remount,size=8m", small_disk], check=True)
-    assert prepare(corpus, out, samples_per_shard=4, workers=1).samples == 20
-    assert check_shards(out, workers=1) == []
-
-
-def test_a_limit_on_file_size_is_reported_like_a_full_disk(corpus: Path, tmp_path: Path) -> None:
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, before[1]))
-    try:
-        with pytest.raises(RunError, match=r"cannot write .*out: file too large"):
-            prepare(corpus, tmp_path / "out", samples_per_shard=5, workers=1)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
-    assert list((tmp_path / "out").glob("*.t*")) == []
-    assert prepare(corpus, tmp_path / "out", samples_per_shard=5, workers=1).samples == 20
 
 
 def test_short_utterances_are_counted_in_the_log(

@@ -2,6 +2,7 @@ import io
 import json
 import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -72,6 +73,18 @@ def test_the_index_leads_to_every_utterance(tmp_path: Path, audio_format: str) -
             assert os.pread(file.fileno(), index.size[place], index.offset[place]) == expected.audio
         assert index.samples[place] == expected.samples
     assert check_shards(folder.folder, workers=1) == []
+
+
+def test_an_index_from_before_the_speakers_has_them_all_unknown(folder: Path) -> None:
+    index = Index.load(folder)
+    assert index.speaker_names.tolist() == ["speaker0", "speaker1"]
+    assert index.speaker.tolist() == [0, 1] * 4
+    places = {name: getattr(index, name) for name in ("shard", "offset", "size", "samples")}
+    np.savez(folder / "index.npz", **places)
+    older = ShardFolder.open(folder).index
+    assert (older.speaker.dtype, older.speaker.tolist()) == (np.int32, [-1] * 8)
+    assert older.speaker_names.tolist() == []
+    assert check_shards(folder, workers=1) == []
 
 
 def test_the_stock_library_reads_the_same_audio_and_description(folder: Path) -> None:
@@ -173,15 +186,28 @@ def test_a_manifest_that_does_not_match_is_refused_with_both_numbers(folder: Pat
 
 def test_an_index_that_does_not_match_is_refused(folder: Path) -> None:
     index = Index.load(folder)
-    Index(index.shard, index.offset + BLOCK, index.size, index.samples).save(folder)
-    assert "index and tar differ" in reasons(folder)
-    Index(index.shard[:-1], index.offset[:-1], index.size[:-1], index.samples[:-1]).save(folder)
+    replace(index, offset=index.offset + BLOCK).save(folder)
+    assert "index and tar differ in where" in reasons(folder)
+    replace(index, speaker=1 - index.speaker).save(folder)
+    assert "index and tar differ in its speaker, speaker1 and speaker0" in reasons(folder)
+    for wrong in (
+        {"speaker": index.speaker + 1},
+        {"speaker": index.speaker - 2},
+        {"speaker": index.speaker[1:]},
+        {"speaker": index.speaker.astype(np.int64)},
+        {"speaker_names": index.speaker_names[::-1]},
+    ):
+        replace(index, **wrong).save(folder)
+        with pytest.raises(CelError, match="its speakers are not codes of sorted names"):
+            ShardFolder.open(folder)
+    columns = ("shard", "offset", "size", "samples", "speaker")
+    replace(index, **{name: getattr(index, name)[:-1] for name in columns}).save(folder)
     with pytest.raises(CelError, match=r"index of .* holds 7 samples, the manifest says 8"):
         ShardFolder.open(folder)
-    Index(index.shard[::-1].copy(), index.offset, index.size, index.samples).save(folder)
+    replace(index, shard=index.shard[::-1].copy()).save(folder)
     with pytest.raises(CelError, match="order"):
         ShardFolder.open(folder)
-    Index(index.shard, index.offset, index.size * 10**6, index.samples).save(folder)
+    replace(index, size=index.size * 10**6).save(folder)
     with pytest.raises(CelError, match="the index reaches byte"):
         ShardFolder.open(folder)
     (folder / "index.npz").write_bytes(b"not an index")
@@ -262,12 +288,12 @@ def test_a_key_that_occurs_twice_is_a_fault(tmp_path: Path) -> None:
 def test_members_that_do_not_pair_up_are_a_fault(tmp_path: Path) -> None:
     import tarfile
 
-    def write(names: list[str]) -> Path:
+    def write(names: list[str], description: bytes = b'{"seconds": 1.0}') -> Path:
         path = tmp_path / "odd.tar"
         with tarfile.open(path, "w") as tar:
             for name in names:
                 member = tarfile.TarInfo(name)
-                data = b'{"seconds": 1.0}' if name.endswith("json") else b"audio"
+                data = description if name.endswith("json") else b"audio"
                 member.size = len(data)
                 tar.addfile(member, io.BytesIO(data))
         return path
@@ -281,6 +307,9 @@ def test_members_that_do_not_pair_up_are_a_fault(tmp_path: Path) -> None:
     ]:
         with pytest.raises(CelError, match=words):
             scan_shard(write(names))
+    with pytest.raises(CelError, match=r"a\.json states the speaker 7"):
+        scan_shard(write(["a.json", "a.wav"], b'{"seconds": 1.0, "speaker": 7}'))
+    assert scan_shard(write(["a.json", "a.wav"], b'{"seconds": 1.0, "speaker": null}')).speakers == (None,)
 
 
 def test_checking_in_processes_finds_the_same_faults(folder: Path) -> None:

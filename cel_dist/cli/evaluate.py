@@ -44,16 +44,20 @@ def evaluate(
     as_json: JsonOption = False,
 ) -> None:
     """Measure a model on a list of trials: equal error rate, minimum detection cost, scores and plots."""
+    from cel_dist.data.files import require_folder_or_nothing
     from cel_dist.errors import CelError
     from cel_dist.evaluation import evaluate as run_evaluation
     from cel_dist.model import load_model
 
     if calibrate and frames:
         raise CelError("--calibrate is for whole utterances, which 'cel verify' compares; leave out --frames")
+    out = out or Path("evaluation") / trials.stem
+    for folder in filter(None, (out, calibrate)):
+        require_folder_or_nothing(folder)
     loaded = load_model(model)
     with progress_bar("Embedding") as progress:
         result = run_evaluation(loaded, trials, root, frames=frames, windows=windows, progress=progress)
-    paths = result.write(out or Path("evaluation") / trials.stem)
+    paths = result.write(out)
     if calibrate:
         loaded.calibrate(result.threshold, result.calibration).save(calibrate)
     costs = "  ".join(f"minDCF({prior}) {cost:.4f}" for prior, cost in result.min_dcf.items())

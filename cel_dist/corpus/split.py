@@ -1,12 +1,14 @@
 """Lists and trials for a tree of labelled recordings: `<speaker>/<session>/...` or `<speaker>/...`."""
 
-from collections import Counter, defaultdict
+import logging
+from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from cel_dist.corpus.trials import Utterance, draw_trials, write_trials
+from cel_dist.corpus.trials import Utterance, count_nontarget_pairs, count_target_pairs, draw_trials, write_trials
 from cel_dist.data.sources import find_audio
 from cel_dist.errors import CelError
 
@@ -14,6 +16,8 @@ VALIDATION_SHARE, TEST_SHARE = 0.08, 0.16
 MIN_HELD_OUT = 2
 MIN_SPEAKERS = 6
 MAX_TRIALS = 2_000
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -30,7 +34,8 @@ def split_by_speaker(root: Path, out: Path, seed: int = 0) -> Split:
     """Divide a tree by speakers into a training list without labels and two lists of trials over held-out speakers.
 
     The first folder below `root` names the speaker, the second, if there is one, the session. Target trials cross
-    sessions where every held-out speaker has two of them.
+    sessions where every held-out speaker has two of them. Files whose names the lists cannot hold (with a tab or a line
+    break, or not UTF-8) are left out and counted in the log; blanks in names are fine.
 
     Args:
         root: the tree.
@@ -40,7 +45,7 @@ def split_by_speaker(root: Path, out: Path, seed: int = 0) -> Split:
     Raises:
         CelError: there are fewer than 6 speakers, or too few utterances to draw trials from.
     """
-    utterances = [_utterance(path) for path in find_audio(root)]
+    utterances = [_utterance(path) for path in _listable(root, find_audio(root))]
     by_speaker: dict[str, list[Utterance]] = defaultdict(list)
     for utterance in utterances:
         by_speaker[utterance.speaker].append(utterance)
@@ -64,25 +69,48 @@ def split_by_speaker(root: Path, out: Path, seed: int = 0) -> Split:
     return split
 
 
+def _listable(root: Path, paths: Sequence[str]) -> list[str]:
+    listable = [path for path in paths if _is_listable(path)]
+    odd = len(paths) - len(listable)
+    if odd:
+        first = next(path for path in paths if not _is_listable(path))
+        logger.warning(
+            "left out %d of %d files below %s, the first is %s; rename them: UTF-8, without tabs and line breaks",
+            odd,
+            len(paths),
+            root,
+            ascii(first),
+        )
+    return listable
+
+
+def _is_listable(path: str) -> bool:
+    if set(path) & set("\t\r\n"):
+        return False
+    try:
+        path.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def _utterance(path: str) -> Utterance:
     speaker, *folders, _ = path.split("/") if "/" in path else ("", path)
-    return Utterance(path, speaker, folders[0] if folders else "")
+    # A list strips its lines, and a number sign begins a comment in it.
+    listed = f"./{path}" if path[0] == "#" or path[0].isspace() else path
+    return Utterance(listed, speaker, folders[0] if folders else "")
 
 
 def _write_trials(path: Path, utterances: list[Utterance], seed: int) -> None:
-    sessions: dict[str, Counter[str]] = defaultdict(Counter)
+    sessions: dict[str, set[str]] = defaultdict(set)
     for utterance in utterances:
-        sessions[utterance.speaker][utterance.session] += 1
-    cross_session = all(len(counts) > 1 for counts in sessions.values())
-    num_target = min(MAX_TRIALS, sum(_target_pairs(counts, cross_session) for counts in sessions.values()))
+        sessions[utterance.speaker].add(utterance.session)
+    cross_session = all(len(own) > 1 for own in sessions.values())
     trials = draw_trials(
-        utterances, num_target=num_target, num_nontarget=num_target, seed=seed, cross_session=cross_session
+        utterances,
+        num_target=min(MAX_TRIALS, count_target_pairs(utterances, cross_session=cross_session)),
+        num_nontarget=min(MAX_TRIALS, count_nontarget_pairs(utterances, cross_session=cross_session)),
+        seed=seed,
+        cross_session=cross_session,
     )
     write_trials(path, trials)
-
-
-def _target_pairs(counts: Counter[str], cross_session: bool) -> int:
-    total = counts.total()
-    within = sum(count * (count - 1) // 2 for count in counts.values())
-    pairs = total * (total - 1) // 2
-    return pairs - within if cross_session else pairs

@@ -74,10 +74,29 @@ def count_target_pairs(utterances: Iterable[Utterance], *, cross_session: bool =
     return _pairs(speakers.values()) - _pairs(sessions.values())
 
 
-def write_trials(path: Path, trials: Iterable[Trial]) -> None:
-    """Write `label enrol test` lines; the file appears whole or not at all."""
+def count_nontarget_pairs(utterances: Sequence[Utterance], *, cross_session: bool = True) -> int:
+    """Number of distinct non-target trials, the order of the two files aside.
+
+    With `cross_session`, of two sessions; but all of them where the session labels allow no such pair, as where all
+    speakers have one session of the same name: there the label says nothing.
+    """
+    everything = _pairs([len(utterances)]) - count_target_pairs(utterances, cross_session=False)
+    same_session = _pairs(Counter(u.session for u in utterances).values()) - _pairs(
+        Counter((u.speaker, u.session) for u in utterances).values()
+    )
+    return everything - same_session if cross_session and everything > same_session else everything
+
+
+def write_trials(path: Path, trials: Sequence[Trial]) -> None:
+    """Write `label enrol test` lines; the file appears whole or not at all.
+
+    Tabs separate the columns if a name holds white space, else blanks. Names must not hold tabs or line breaks.
+    """
+    blank = all(len(name.split()) == 1 for trial in trials for name in (trial.enrol, trial.test))
+    separator = " " if blank else "\t"
+    lines = (f"{separator.join((str(trial.label), trial.enrol, trial.test))}\n" for trial in trials)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_text("".join(f"{trial.label} {trial.enrol} {trial.test}\n" for trial in trials), encoding="utf-8")
+    temporary.write_text("".join(lines), encoding="utf-8")
     os.replace(temporary, path)
 
 
@@ -109,13 +128,11 @@ def _draw_targets(
 def _draw_nontargets(
     utterances: Sequence[Utterance], count: int, rng: np.random.Generator, cross_session: bool
 ) -> list[_Pair]:
-    everything = _pairs([len(utterances)]) - count_target_pairs(utterances, cross_session=False)
-    same_session = _pairs(Counter(u.session for u in utterances).values()) - _pairs(
-        Counter((u.speaker, u.session) for u in utterances).values()
-    )
-    # Where all speakers have one session of the same name, the label says nothing and is ignored.
-    by_session = cross_session and everything - same_session >= count
-    possible = everything - same_session if by_session else everything
+    everything = count_nontarget_pairs(utterances, cross_session=False)
+    across = count_nontarget_pairs(utterances)
+    # Where the session labels do not allow as many, they are ignored.
+    by_session = cross_session and everything > across >= count
+    possible = across if by_session else everything
     if possible < count:
         raise CelError(
             f"{count} non-target trials asked for, but there are {possible} pairs of two speakers' utterances; ask for "

@@ -73,13 +73,16 @@ class Entry(NamedTuple):
     audio: Member
     samples: int
     """Length that the sample's JSON states."""
+    speaker: str | None
+    """Speaker that it names, if it does."""
 
 
 def entries(descriptor: int) -> Iterator[Entry]:
     """Walk the samples of a shard: two members each, `KEY.json` and `KEY.wav` or `KEY.flac`, beside each other.
 
     Raises:
-        ShardFaultError: as `members` does, or the members do not pair up, or a JSON does not state the seconds.
+        ShardFaultError: as `members` does, or the members do not pair up, or a JSON does not state the seconds, or a
+            speaker that is not text.
     """
     pending: dict[str, Member] = {}
     key = ""
@@ -98,15 +101,20 @@ def entries(descriptor: int) -> Iterator[Entry]:
                 raise ShardFaultError(f"sample {key} has two audio members and no json")
             text = pending.pop("json")
             ((audio_format, audio),) = pending.items()
-            yield Entry(key, audio_format, audio, _stated_samples(descriptor, text))
+            yield Entry(key, audio_format, audio, *_stated(descriptor, text))
             pending = {}
     if pending:
         raise ShardFaultError(f"sample {key} has no {'audio' if 'json' in pending else 'json'} member")
 
 
-def _stated_samples(descriptor: int, member: Member) -> int:
+def _stated(descriptor: int, member: Member) -> tuple[int, str | None]:
+    """Length in samples and speaker that a JSON member states."""
     try:
-        seconds: float = json.loads(os.pread(descriptor, member.size, member.offset))["seconds"]
-        return round(seconds * SAMPLE_RATE)
+        description = json.loads(os.pread(descriptor, member.size, member.offset))
+        samples = round(description["seconds"] * SAMPLE_RATE)
     except (ValueError, KeyError, TypeError, OverflowError):
         raise ShardFaultError(f"{member.name} does not state 'seconds'") from None
+    speaker = description.get("speaker")
+    if not isinstance(speaker, str | None):
+        raise ShardFaultError(f"{member.name} states the speaker {speaker!r}, which is not text")
+    return samples, speaker

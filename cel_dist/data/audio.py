@@ -1,4 +1,4 @@
-"""Audio files to 16 kHz mono int16 and back. The only file that imports soundfile and soxr."""
+"""Audio files to 16 kHz mono int16 and back. All audio that is read comes through here."""
 
 import io
 import os

@@ -45,7 +45,9 @@ class BankManifest(FolderManifest):
     version: Literal[1] = 1
     sample_rate: int = SAMPLE_RATE
     job: str
-    """Fingerprint of the preparation, by which a rerun knows that there is nothing to do."""
+    """Fingerprint of the preparation, by which a rerun knows another one."""
+    files: str = ""
+    """Stamp of the source files, by which a rerun knows whether there is anything to do."""
     rejected: NonNegativeInt
     skipped: NonNegativeInt
     """Audio files under no folder that names a category."""

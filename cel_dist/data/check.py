@@ -37,6 +37,8 @@ class _ShardCheck(NamedTuple):
 def check(folder: str | Path, *, workers: int | None = None, progress: Progress | None = None) -> list[Fault]:
     """Every fault of a folder of shards or of a bank, whichever `folder` is; empty if it is whole.
 
+    `workers` and `progress` are those of `check_shards` and `check_bank`.
+
     Raises:
         CelError: `folder` is neither.
     """
@@ -44,7 +46,7 @@ def check(folder: str | Path, *, workers: int | None = None, progress: Progress 
     if not folder.is_dir():
         raise CelError(f"there is no folder {folder}; give one that 'cel prepare' wrote")
     if (folder / BANK_NAME).exists():
-        return check_bank(folder)
+        return check_bank(folder, workers=workers, progress=progress)
     return check_shards(folder, workers=workers, progress=progress)
 
 
@@ -52,8 +54,8 @@ def check_shards(folder: str | Path, *, workers: int | None = None, progress: Pr
     """Every fault of a folder of shards.
 
     Checked are: manifest against index against files; sha256 and structure of every tar; that each audio member lies
-    where the index says, is 16 kHz mono 16-bit, and decodes to the length that index and JSON state; that no key occurs
-    twice; that no temporary file and no unlisted shard lies about.
+    where the index says, has the speaker that the index says, is 16 kHz mono 16-bit, and decodes to the length that
+    index and JSON state; that no key occurs twice; that no temporary file and no unlisted shard lies about.
 
     Args:
         folder: what `cel prepare` wrote.
@@ -104,7 +106,7 @@ def _shard_checks(folder: Path, manifest: Manifest, index: Index | None) -> Iter
     for record in manifest.shards:
         # The index is in shard order, so that a shard's rows are one slice.
         part = slice(first, first + record.samples)
-        rows = None if index is None else ShardRows(index.offset[part], index.size[part], index.samples[part])
+        rows = None if index is None else index.rows(part)
         yield _ShardCheck(folder, record, manifest.audio_format, rows)
         first += record.samples
 
@@ -146,11 +148,25 @@ def _entry_fault(job: _ShardCheck, number: int, entry: Entry, descriptor: int) -
         stated = (job.rows.offset[number], job.rows.size[number], job.rows.samples[number])
         if stated != (entry.audio.offset, entry.audio.size, entry.samples):
             return "index and tar differ in where its audio lies or how long it is"
+        # An index without the speaker is older than the place for it.
+        if job.rows.speakers[number] not in (None, entry.speaker):
+            return f"index and tar differ in its speaker, {job.rows.speakers[number]} and {entry.speaker}"
     return stored_form_fault(os.pread(descriptor, entry.audio.size, entry.audio.offset), entry.samples)
 
 
-def check_bank(folder: str | Path) -> list[Fault]:
-    """Every fault of a bank: sizes, lengths of the clips, sha256 of the audio, temporary files."""
+class _CategoryCheck(NamedTuple):
+    path: Path
+    sha256: str
+
+
+def check_bank(folder: str | Path, *, workers: int | None = None, progress: Progress | None = None) -> list[Fault]:
+    """Every fault of a bank: sizes, lengths of the clips, sha256 of the audio, temporary files.
+
+    Args:
+        folder: what `cel prepare --bank` wrote.
+        workers: processes; default: the cores that this process may use.
+        progress: called with the number of categories done and in all.
+    """
     folder = Path(folder)
     faults = [Fault(path.name, None, "left by an interrupted run") for path in leftovers(folder)]
     try:
@@ -158,8 +174,16 @@ def check_bank(folder: str | Path) -> list[Fault]:
         Bank.open(folder)
     except CelError as error:
         return [*faults, Fault(BANK_NAME, None, str(error))]
-    return faults + [
-        Fault(category_path(folder, category).name, None, f"its sha256 is not the one in {BANK_NAME}")
-        for category, record in manifest.categories.items()
-        if sha256_of(category_path(folder, category)) != record.sha256
-    ]
+    jobs = [_CategoryCheck(category_path(folder, name), record.sha256) for name, record in manifest.categories.items()]
+    with closing(run_jobs(check_category, jobs, len(jobs), workers)) as results:
+        for done, (job, is_whole) in enumerate(zip(jobs, results, strict=True), 1):
+            if not is_whole:
+                faults.append(Fault(job.path.name, None, f"its sha256 is not the one in {BANK_NAME}"))
+            if progress is not None:
+                progress(done, len(jobs))
+    return faults
+
+
+def check_category(job: _CategoryCheck) -> bool:
+    """Whether the audio of a category has the sha256 that the manifest states."""
+    return sha256_of(job.path) == job.sha256

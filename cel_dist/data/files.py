@@ -65,9 +65,10 @@ def writing_into(folder: Path) -> Iterator[None]:
 
 
 def require_folder_or_nothing(out: Path) -> None:
-    """Raise CelError if `out` is there and is not a folder."""
-    if out.exists() and not out.is_dir():
-        raise CelError(f"{out} is a file; give a folder to write into")
+    """Raise CelError if `out`, or what it is to lie in, is there and is not a folder."""
+    there = next((path for path in (out, *out.parents) if path.exists()), None)
+    if there is not None and not there.is_dir():
+        raise CelError(f"{there} is a file; give a folder to write into")
 
 
 def sha256_of(path: Path) -> str:

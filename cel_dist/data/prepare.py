@@ -3,13 +3,16 @@
 The permutation of all source files is drawn first, and shard i takes positions i * n to (i + 1) * n of it. A file that
 is rejected leaves its position empty, so what a shard holds never depends on another shard, on the number of workers or
 on an interruption. A shard whose files were all rejected is not written, and its number stays unused.
+
+Sizes and times of the source files are part of what a shard was made from, so that a rerun writes again the shards of
+files that were replaced or repaired, and no others.
 """
 
 import hashlib
 import json
 import logging
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass
 from itertools import chain
@@ -32,7 +35,7 @@ from cel_dist.data.shards import (
     Utterance,
     write_shard,
 )
-from cel_dist.data.sources import find_audio, read_labels, read_list
+from cel_dist.data.sources import find_audio, read_labels, read_list, stamp
 from cel_dist.errors import CelError
 
 STATE_NAME = ".prepare"
@@ -55,7 +58,7 @@ class PrepareResult:
 
 @dataclass(frozen=True)
 class JobDescription:
-    """Everything that the bytes of a folder of shards depend on."""
+    """Everything that the bytes of a folder of shards depend on, besides the content of the files."""
 
     source: str
     sources_sha256: str
@@ -65,10 +68,9 @@ class JobDescription:
     min_seconds: float
     prefix: str
 
-    @property
-    def fingerprint(self) -> str:
-        """A digest that two descriptions share only if they are equal."""
-        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()
+    def fingerprint(self, files: str) -> str:
+        """A digest that two jobs share only if their descriptions and the stamps of their files are equal."""
+        return hashlib.sha256(json.dumps([asdict(self), files], sort_keys=True).encode()).hexdigest()
 
 
 @dataclass(frozen=True)
@@ -99,7 +101,13 @@ class ShardOutcome:
         """Write `OUT/.prepare/NAME.json`, so that a rerun of the job with this fingerprint need not do it again."""
         record = None if self.record is None else self.record.model_dump()
         rows = [column.tolist() for column in (self.rows.offset, self.rows.size, self.rows.samples)]
-        state = {"fingerprint": fingerprint, "record": record, "rows": rows, "rejects": self.rejects}
+        state = {
+            "fingerprint": fingerprint,
+            "record": record,
+            "rows": rows,
+            "speakers": self.rows.speakers,
+            "rejects": self.rejects,
+        }
         with atomic_write(path) as file:
             file.write(json.dumps(state).encode())
 
@@ -111,7 +119,8 @@ class ShardOutcome:
             if state["fingerprint"] != fingerprint:
                 return None
             record = None if state["record"] is None else ShardRecord.model_validate(state["record"])
-            rows = ShardRows(*(np.array(column, np.int64) for column in state["rows"]))
+            offset, size, samples = (np.array(column, np.int64) for column in state["rows"])
+            rows = ShardRows(offset, size, samples, tuple(state["speakers"]))
             return cls(record, rows, tuple(Reject(*fields) for fields in state["rejects"]))
         except (FileNotFoundError, ValueError, KeyError, TypeError):
             return None
@@ -135,7 +144,8 @@ def prepare(
 
     Files that cannot be used never stop the run: `rejects.tsv` names each with a reason. An interrupted run is
     continued by the same call; the bytes are those of an uninterrupted one, for any number of workers. Shards that are
-    there with the right size are not looked into: to have one written again, delete it.
+    there with the right size are not looked into: to have one written again, delete it. Those with source files that
+    have since got another size or time of change are written again, so that repaired files are taken in.
 
     Args:
         source: folder of the audio. Paths in lists, labels, samples and rejects are relative to it.
@@ -166,15 +176,17 @@ def prepare(
         out.mkdir(parents=True, exist_ok=True)
         with sole_writer(out):
             _claim(out, description)
-            finished = _finished(out)
+            jobs = _shard_jobs(source, out, paths, speakers, description)
+            outcomes = {job.name: outcome for job in jobs if (outcome := _earlier_outcome(job)) is not None}
+            finished = _finished(out, outcomes) if len(outcomes) == len(jobs) else None
             if finished is not None:
                 logger.info(
                     "%s is already complete: %d utterances in %d shards", out, finished.samples, finished.shards
                 )
                 return finished
-            jobs = _shard_jobs(source, out, paths, speakers, description)
-            outcomes = _run(jobs, len(paths), workers, progress)
-            return _finalise(out, description, outcomes)
+            # While shards are replaced, the folder is not whole and must not pass for it.
+            (out / MANIFEST_NAME).unlink(missing_ok=True)
+            return _finalise(out, description, _run(jobs, outcomes, len(paths), workers, progress))
 
 
 def _check_options(samples_per_shard: int, seed: int, workers: int | None, min_seconds: float, prefix: str) -> None:
@@ -227,10 +239,13 @@ def _difference(before: dict[str, object], now: dict[str, object]) -> str:
     return f"of another preparation ({', '.join(different)})"
 
 
-def _finished(out: Path) -> PrepareResult | None:
+def _finished(out: Path, outcomes: Mapping[str, ShardOutcome]) -> PrepareResult | None:
+    """What an earlier run left, if it came to its end and wrote no shard since; `outcomes` are those of all shards."""
     try:
         manifest = ShardFolder.open(out).manifest
     except CelError:
+        return None
+    if manifest.shards != tuple(outcome.record for outcome in outcomes.values() if outcome.record is not None):
         return None
     return PrepareResult(manifest.samples, len(manifest.shards), manifest.rejected, out / REJECTS_NAME)
 
@@ -241,31 +256,36 @@ def _shard_jobs(
     order = np.random.default_rng(description.seed).permutation(len(paths))
     jobs = []
     for number, first in enumerate(range(0, len(paths), description.samples_per_shard)):
-        chosen = order[first : first + description.samples_per_shard].tolist()
+        places = order[first : first + description.samples_per_shard].tolist()
+        chosen = tuple(paths[place] for place in places)
         jobs.append(
             ShardJob(
                 source=source,
                 out=out,
                 name=f"{description.prefix}-{number:06d}.tar",
                 first=first,
-                paths=tuple(paths[place] for place in chosen),
-                speakers=None if speakers is None else tuple(speakers[place] for place in chosen),
+                paths=chosen,
+                speakers=None if speakers is None else tuple(speakers[place] for place in places),
                 audio_format=description.audio_format,
                 min_samples=round(description.min_seconds * SAMPLE_RATE),
-                fingerprint=description.fingerprint,
+                fingerprint=description.fingerprint(stamp(source, chosen)),
             )
         )
     return jobs
 
 
 def _run(
-    jobs: Sequence[ShardJob], num_files: int, workers: int | None, progress: Progress | None
+    jobs: Sequence[ShardJob],
+    earlier: Mapping[str, ShardOutcome],
+    num_files: int,
+    workers: int | None,
+    progress: Progress | None,
 ) -> list[ShardOutcome]:
-    outcomes = {job.name: outcome for job in jobs if (outcome := _earlier_outcome(job)) is not None}
+    outcomes = dict(earlier)
     missing = [job for job in jobs if job.name not in outcomes]
     done = sum(len(job.paths) for job in jobs if job.name in outcomes)
     if outcomes:
-        logger.info("continuing: %d of %d shards are there", len(outcomes), len(jobs))
+        logger.info("continuing: %d of %d shards are there, and their files as they were", len(outcomes), len(jobs))
     if progress is not None:
         progress(done, num_files)
     with closing(run_jobs(build_shard, missing, len(missing), workers)) as results:
@@ -302,7 +322,10 @@ def build_shard(job: ShardJob) -> ShardOutcome:
     utterances = _usable_utterances(job, rejects)
     first = next(utterances, None)
     if first is None:
-        record, rows = None, ShardRows(*(np.zeros(0, np.int64) for _ in range(3)))
+        empty = np.zeros(0, np.int64)
+        record, rows = None, ShardRows(empty, empty, empty, ())
+        # One from before its files were replaced may be there.
+        (job.out / job.name).unlink(missing_ok=True)
     else:
         record, rows = write_shard(job.out / job.name, chain([first], utterances), job.audio_format)
     outcome = ShardOutcome(record, rows, tuple(rejects))

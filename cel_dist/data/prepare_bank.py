@@ -29,7 +29,7 @@ from cel_dist.data.files import atomic_write, leftovers, require_folder_or_nothi
 from cel_dist.data.pool import run_jobs
 from cel_dist.data.rejects import REJECTS_NAME, Progress, Reject, read_usable, write_rejects
 from cel_dist.data.shards import MANIFEST_NAME
-from cel_dist.data.sources import find_audio
+from cel_dist.data.sources import find_audio, stamp
 from cel_dist.errors import CelError
 
 _FOLDER_NAMES: dict[str, Category] = {
@@ -90,7 +90,8 @@ def prepare_bank(
 ) -> BankResult:
     """Write the noises, voices, music and room responses below `source` as a bank at 16 kHz.
 
-    Multi-channel recordings are averaged. Memory holds a few clips at a time. A rerun of a finished job does nothing.
+    Multi-channel recordings are averaged. Memory holds a few clips at a time. A rerun of a finished job does nothing,
+    unless files have since got another size or time of change: it writes the bank again.
 
     Args:
         source: folder of the audio. The deepest folder with a known name decides what a file is (see `category_of`);
@@ -109,16 +110,18 @@ def prepare_bank(
     require_folder_or_nothing(out)
     by_category, skipped = _sort_files(source, find_audio(source))
     fingerprint = hashlib.sha256(json.dumps([str(source.resolve()), by_category]).encode()).hexdigest()
+    files = stamp(source, [path for paths in by_category.values() for path in paths])
     with writing_into(out):
         out.mkdir(parents=True, exist_ok=True)
         with sole_writer(out):
-            finished = _finished(out, fingerprint)
+            finished = _finished(out, fingerprint, files)
             if finished is not None:
                 logger.info("%s is already complete: %s", out, _counts(finished.clips))
                 return finished
             for path in leftovers(out):
                 path.unlink()
-            return _write(source, out, by_category, skipped, fingerprint, workers, progress)
+            (out / BANK_NAME).unlink(missing_ok=True)
+            return _write(source, out, by_category, skipped, (fingerprint, files), workers, progress)
 
 
 def _sort_files(source: Path, paths: Sequence[str]) -> tuple[dict[Category, list[str]], int]:
@@ -145,7 +148,7 @@ def _sort_files(source: Path, paths: Sequence[str]) -> tuple[dict[Category, list
     return by_category, skipped.total()
 
 
-def _finished(out: Path, fingerprint: str) -> BankResult | None:
+def _finished(out: Path, fingerprint: str, files: str) -> BankResult | None:
     if (out / MANIFEST_NAME).exists():
         raise CelError(f"{out} holds shards; give another folder for the bank")
     if not (out / BANK_NAME).exists():
@@ -153,6 +156,8 @@ def _finished(out: Path, fingerprint: str) -> BankResult | None:
     manifest = BankManifest.load(out)
     if manifest.job != fingerprint:
         raise CelError(f"{out} holds a bank of another source or other files; give another folder or empty it")
+    if manifest.files != files:
+        return None
     for category, record in manifest.categories.items():
         path = category_path(out, category)
         if not path.exists() or path.stat().st_size != record.bytes:
@@ -170,7 +175,7 @@ def _write(
     out: Path,
     by_category: dict[Category, list[str]],
     skipped: int,
-    fingerprint: str,
+    job: tuple[str, str],
     workers: int | None,
     progress: Progress | None,
 ) -> BankResult:
@@ -192,7 +197,8 @@ def _write(
         raise CelError(f"all {len(rejects)} audio files were rejected; {table} names the reason for each")
     with atomic_write(out / CLIPS_NAME) as file:
         np.savez(file, **lengths)  # type: ignore[arg-type]
-    manifest = BankManifest(job=fingerprint, rejected=len(rejects), skipped=skipped, categories=records)
+    fingerprint, files = job
+    manifest = BankManifest(job=fingerprint, files=files, rejected=len(rejects), skipped=skipped, categories=records)
     manifest.save(out)
     result = BankResult({name: records[name].clips for name in records}, skipped, len(rejects), table)
     logger.info("bank: %s", _counts(result.clips))

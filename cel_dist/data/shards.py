@@ -2,7 +2,7 @@
 
     OUT/train-000000.tar    000000000.json, 000000000.wav, 000000001.json, ...
     OUT/train-000001.tar
-    OUT/index.npz           where the audio of each sample lies: shard, offset, size, samples
+    OUT/index.npz           where the audio of each sample lies: shard, offset, size, samples; and who speaks
     OUT/manifest.json       totals, and bytes and sha256 of every shard; written last
 
 The tars are plain ustar archives in the layout of webdataset, which reads them; they are written with the standard
@@ -17,7 +17,7 @@ import json
 import os
 import tarfile
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal, NamedTuple
 
@@ -67,28 +67,35 @@ class Manifest(FolderManifest):
 
 @dataclass(frozen=True)
 class ShardRows:
-    """One shard's rows of the index: `offset`, `size` (bytes of the audio member) and `samples`, int64 `[n]` each."""
+    """One shard's rows of the index: `offset`, `size` (bytes of the audio member) and `samples`, int64 `[n]` each, and
+    `[n]` speakers, None where unknown."""
 
     offset: npt.NDArray[np.int64]
     size: npt.NDArray[np.int64]
     samples: npt.NDArray[np.int64]
+    speakers: tuple[str | None, ...]
 
 
 @dataclass(frozen=True)
 class Index:
-    """Where the audio of each of the N samples lies, in shard order.
+    """Where the audio of each of the N samples lies, in shard order, and who speaks.
 
     Attributes:
         shard: int32 `[N]`, position of the shard in `Manifest.shards`.
         offset: int64 `[N]`, first byte of the audio member in its tar.
         size: int64 `[N]`, bytes of the audio member (a complete WAV or FLAC file).
         samples: int64 `[N]`, length of the audio in samples.
+        speaker: int32 `[N]`, position in `speaker_names`, -1 where the speaker is unknown. For what is measured, never
+            for what self-supervised training draws.
+        speaker_names: text `[S]`, sorted.
     """
 
     shard: npt.NDArray[np.int32]
     offset: npt.NDArray[np.int64]
     size: npt.NDArray[np.int64]
     samples: npt.NDArray[np.int64]
+    speaker: npt.NDArray[np.int32]
+    speaker_names: npt.NDArray[np.str_]
 
     def __len__(self) -> int:
         return len(self.shard)
@@ -97,16 +104,27 @@ class Index:
     def from_shards(cls, rows: Sequence[ShardRows]) -> "Index":
         """Join the rows of the manifest's shards, given in its order."""
         empty = [np.zeros(0, np.int64)]
+        spoken = [speaker for part in rows for speaker in part.speakers]
+        names = sorted({speaker for speaker in spoken if speaker is not None})
+        codes: dict[str | None, int] = {name: code for code, name in enumerate(names)}
         return cls(
             np.repeat(np.arange(len(rows), dtype=np.int32), [len(part.offset) for part in rows]),
             np.concatenate([part.offset for part in rows] or empty),
             np.concatenate([part.size for part in rows] or empty),
             np.concatenate([part.samples for part in rows] or empty),
+            np.array([codes.get(speaker, -1) for speaker in spoken], np.int32),
+            np.array(names, np.str_),
         )
+
+    def rows(self, part: slice) -> ShardRows:
+        """The rows at some places, all of one shard."""
+        names = self.speaker_names.tolist()
+        speakers = tuple(None if code < 0 else names[code] for code in self.speaker[part].tolist())
+        return ShardRows(self.offset[part], self.size[part], self.samples[part], speakers)
 
     @classmethod
     def load(cls, folder: Path) -> "Index":
-        """Read the index of `folder`.
+        """Read the index of `folder`. One without speakers, as of audio without labels, has them all unknown.
 
         Raises:
             CelError: it is missing, damaged or not an index.
@@ -114,20 +132,38 @@ class Index:
         path = folder / INDEX_NAME
         try:
             with np.load(path, allow_pickle=False) as arrays:
-                index = cls(**{field.name: arrays[field.name] for field in fields(cls)})
-            dtypes = tuple(getattr(index, field.name).dtype for field in fields(cls))
-            lengths = {getattr(index, field.name).shape for field in fields(cls)}
-            if dtypes != (np.int32, np.int64, np.int64, np.int64) or len(lengths) != 1 or index.shard.ndim != 1:
+                places = {name: arrays[name] for name in _PLACES}
+                speaker, names = (arrays.get(name) for name in _SPEAKERS)
+            dtypes = tuple(array.dtype for array in places.values())
+            shapes = {array.shape for array in places.values()}
+            num_samples = len(places["shard"])
+            if dtypes != (np.int32, np.int64, np.int64, np.int64) or shapes != {(num_samples,)}:
                 raise ValueError("its arrays have other types or lengths")
+            if speaker is None or names is None:
+                speaker, names = np.full(num_samples, -1, np.int32), np.zeros(0, np.str_)
+            elif not _are_speakers(speaker, names, num_samples):
+                raise ValueError("its speakers are not codes of sorted names")
         except Exception as error:
             # numpy and zipfile raise half a dozen types for a damaged file; all of them mean the same here.
             raise CelError(f"cannot read the index {path} ({error}); delete it and run 'cel prepare' again") from None
-        return index
+        return cls(**places, speaker=speaker, speaker_names=names)
 
     def save(self, folder: Path) -> None:
-        """Write the index into `folder`, atomically."""
+        """Write the index into `folder`, atomically; the speakers only if there are any."""
+        kept = _PLACES + _SPEAKERS if len(self.speaker_names) else _PLACES
         with atomic_write(folder / INDEX_NAME) as file:
-            np.savez(file, **{field.name: getattr(self, field.name) for field in fields(self)})
+            np.savez(file, **{name: getattr(self, name) for name in kept})
+
+
+_PLACES = ("shard", "offset", "size", "samples")
+_SPEAKERS = ("speaker", "speaker_names")
+
+
+def _are_speakers(speaker: npt.NDArray[np.int32], names: npt.NDArray[np.str_], num_samples: int) -> bool:
+    if speaker.dtype != np.int32 or speaker.shape != (num_samples,) or names.dtype.kind != "U" or names.ndim != 1:
+        return False
+    codes_fit = num_samples == 0 or (speaker.min() >= -1 and speaker.max() < len(names))
+    return bool(codes_fit and (names[:-1] < names[1:]).all())
 
 
 class Utterance(NamedTuple):
@@ -199,7 +235,8 @@ def scan_shard(path: Path) -> ShardRows:
     table = np.array([(entry.audio.offset, entry.audio.size, entry.samples) for entry in found], np.int64).reshape(
         -1, 3
     )
-    return ShardRows(*(np.ascontiguousarray(column) for column in table.T))
+    offset, size, samples = (np.ascontiguousarray(column) for column in table.T)
+    return ShardRows(offset, size, samples, tuple(entry.speaker for entry in found))
 
 
 @dataclass(frozen=True)

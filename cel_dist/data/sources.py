@@ -1,7 +1,9 @@
 """Which audio files a preparation is about: those of a tree, or those that a list names."""
 
+import hashlib
 import os
 import posixpath
+import struct
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -93,6 +95,22 @@ def read_labels(labels_file: Path, paths: Sequence[str]) -> list[str]:
             "add them, or name the files to prepare with --list"
         )
     return [speakers[path] for path in paths]
+
+
+def stamp(source: Path, paths: Sequence[str]) -> str:
+    """A digest of the sizes and times of change of `paths`, by which a rerun notices that one was replaced.
+
+    One `stat` a file; a file that is not there has a stamp too.
+    """
+    digest = hashlib.sha256()
+    for path in paths:
+        try:
+            # os.path, not pathlib: a preparation may be about a million files.
+            status = os.stat(os.path.join(source, path))
+            digest.update(struct.pack("<qq", status.st_size, status.st_mtime_ns))
+        except OSError:
+            digest.update(struct.pack("<qq", -1, 0))
+    return digest.hexdigest()
 
 
 def require_folder(source: Path) -> None:

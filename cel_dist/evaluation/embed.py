@@ -98,13 +98,15 @@ def write_embeddings(
         The names, in the order of the rows.
 
     Raises:
-        CelError: a path is missing, a folder holds no audio, or a file cannot be embedded.
+        CelError: a path is missing, a folder holds no audio, a file cannot be embedded, or `out` is a folder.
         RunError: `out` cannot be written.
     """
-    names = list(dict.fromkeys(name for path in paths for name in _audio_below(Path(path))))
     out = Path(out)
+    if out.is_dir():
+        raise CelError(f"{out} is a folder; give the name of a file to write, such as {out / 'embeddings.npz'}")
     if not out.parent.is_dir():
         raise CelError(f"the folder {out.parent} for {out.name} does not exist; create it first")
+    names = list(dict.fromkeys(name for path in paths for name in _audio_below(Path(path))))
     embeddings = embed_files(model, "", names, progress=progress)
     try:
         with atomic_write(out) as stream:

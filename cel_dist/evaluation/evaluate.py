@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from cel_dist.data.files import atomic_write
+from cel_dist.data.files import atomic_write, require_folder_or_nothing
 from cel_dist.description import Calibration
 from cel_dist.distributed import World
 from cel_dist.errors import CelError, RunError
@@ -88,6 +88,8 @@ class Evaluation:
     def write_scores(self, folder: str | os.PathLike[str]) -> dict[str, Path]:
         """Write `scores.txt` (lines `label enrol test score`) and `embeddings.npz` (`names` [N], `embeddings`).
 
+        Blanks separate the columns, or tabs if the name of a file holds white space.
+
         Returns:
             The paths under `scores` and `embeddings`.
 
@@ -111,7 +113,10 @@ class Evaluation:
             self.scores.tolist(),
             strict=True,
         )
-        return "".join(f"{label} {files[enrol]} {files[test]} {score:.8f}\n" for label, enrol, test, score in rows)
+        gap = " " if all(len(name.split()) == 1 for name in files) else "\t"
+        return "".join(
+            gap.join((str(label), files[enrol], files[test], f"{score:.8f}\n")) for label, enrol, test, score in rows
+        )
 
 
 def _write_files(folder: Path, contents: Mapping[str, tuple[str, bytes]]) -> dict[str, Path]:
@@ -153,7 +158,8 @@ def evaluate(
         progress: told after each utterance of this rank.
 
     Raises:
-        CelError: a setting is out of range, the trials file is at fault, or audio is missing or unreadable.
+        CelError: a setting is out of range, the trials file is at fault, audio is missing or unreadable, or `out` is a
+            file.
         RunError: the encoder's output is not finite, or `out` cannot be written.
     """
     world = world or World()
@@ -162,6 +168,8 @@ def evaluate(
     if windows < 1:
         raise CelError(f"windows={windows}; give at least one window")
     with raised_together(world):
+        if out is not None:
+            require_folder_or_nothing(Path(out))
         listed = Trials.read(trials)
     embeddings = embed_files(model, root, listed.files, frames=frames, windows=windows, world=world, progress=progress)
     scores = score_trials(embeddings, listed)

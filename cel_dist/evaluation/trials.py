@@ -39,6 +39,7 @@ class Trials:
     def read(cls, path: str | os.PathLike[str]) -> "Trials":
         """Read lines `label enrol test` with label 1 or 0, or `enrol test target|nontarget`.
 
+        White space separates the columns; tabs do where names hold blanks (see `split_columns`).
         Empty lines, Windows line ends and a byte order mark are fine. A pair that is listed twice counts twice, as
         in the published scoring, and is reported in the log.
 
@@ -69,6 +70,21 @@ class Trials:
         return trials
 
 
+def split_columns(line: str, count: int) -> list[str]:
+    """The columns of a line: what white space separates or, if that is not `count` columns and tabs make it so, tabs.
+
+    >>> split_columns("1 a.wav b.wav", 3)
+    ['1', 'a.wav', 'b.wav']
+    >>> split_columns("1\\tAnn Lee/1.wav\\tAnn Lee/2.wav", 3)
+    ['1', 'Ann Lee/1.wav', 'Ann Lee/2.wav']
+    """
+    columns = line.split()
+    if len(columns) != count and line.count("\t") == count - 1:
+        tabbed = [column.strip() for column in line.split("\t")]
+        return tabbed if all(tabbed) else columns
+    return columns
+
+
 def _read_lines(path: str | os.PathLike[str]) -> list[str]:
     try:
         # utf-8-sig drops a byte order mark; universal newlines take care of Windows line ends.
@@ -80,11 +96,11 @@ def _read_lines(path: str | os.PathLike[str]) -> list[str]:
 
 
 def _parse(line: str, place: str) -> tuple[int, str, str]:
-    columns = line.split()
+    columns = split_columns(line, 3)
     if len(columns) != 3:
         raise CelError(
             f"{place}: {len(columns)} columns instead of 3; write 'label enrol test' or 'enrol test target|nontarget', "
-            "and no spaces in file names"
+            "with tabs between the columns if file names hold spaces"
         )
     first, second, third = columns
     if third in _WORDS:
