@@ -88,6 +88,8 @@ class EncoderSection(Section):
     """Size D of the embedding."""
     views: Literal["separate", "joint"] = "separate"
     """One forward pass a view, so that batch-norm statistics are per view (published), or one joint pass."""
+    batch_norm: Literal["global", "per_rank"] = "global"
+    """Statistics of batch norm in training: of all ranks, or of each rank alone (published)."""
     init: str | None = None
     """A model (folder, checkpoint, published file or MLflow URI) whose encoder weights are the start."""
 
@@ -105,6 +107,11 @@ class LossSection(Section):
     """Weight of the similarity loss."""
     lambda_u: Annotated[Real, Field(ge=0)] = 1.0
     """Weight of the uniformity loss."""
+    exchange: Literal["auto", "gather", "ring"] = "auto"
+    """How a rank comes by the embeddings of the others: all at once, or block by block around a ring of neighbours,
+    which takes less memory; `auto` gathers while that takes less than a tenth of what is free."""
+    matmul: Literal["fp32", "tf32", "bf16"] = "fp32"
+    """Precision of the factors in the matrix products of the loss; sums are fp32 in any case."""
 
 
 class TrainSection(Section):
@@ -120,6 +127,9 @@ class TrainSection(Section):
     """Seed of everything that is drawn: initial weights, order, segments, augmentation."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """Encoder arithmetic; bf16 is autocast, and features, loss and parameters stay fp32 in either case."""
+    encode_chunks: Positive = 1
+    """Parts in which a rank encodes its rows, for batches larger than its memory; above 1 it costs one more forward
+    pass, and batch norm takes its statistics from a part."""
     threads: Annotated[Whole, Field(gt=0, le=4096)] | None = None
     """CPU threads of a rank. Default: the cores of the machine divided by its ranks."""
     log_every: Positive = 10

@@ -2,6 +2,8 @@
 
 import logging
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +72,7 @@ class Engine:
 
         self._world = world
         self._stage = config.engine.zero_stage
+        self._chunks = config.train.encode_chunks
         encoder = list(objective.get_submodule("encoder").parameters())
         loss = list(objective.get_submodule("loss").parameters())
         groups: list[dict[str, Any]] = [{"params": encoder, "weight_decay": config.optim.weight_decay}]
@@ -88,14 +91,58 @@ class Engine:
         module: nn.Module = self._engine.module
         return module
 
-    def forward(self, features: Tensor) -> Any:
-        """Run the objective on features [B, V, 40, F] in training mode."""
-        self._engine.train()
-        return self._engine(features)
+    def forward_backward(self, features: Tensor, ids: Tensor | None = None) -> Any:
+        """Compute the loss in training mode, and the gradients, averaged over the ranks.
 
-    def backward(self, loss: Tensor) -> None:
-        """Compute gradients and average them over the ranks."""
-        self._engine.backward(loss)
+        With `train.encode_chunks` above 1 the rows are encoded in so many parts, without keeping what the gradient
+        needs; the loss of the whole batch gives the gradient at the embeddings, and every part is encoded once more to
+        take it further. Memory is that of a part, time that of one more forward pass, and the gradient the same for
+        encoders that treat every row by itself; batch norm sees the rows of a part.
+
+        Args:
+            features: [B, V, 40, F] of this rank.
+            ids: [B] int64 ids of the samples, or None.
+
+        Returns:
+            What the loss returns.
+        """
+        self._engine.train()
+        if self._chunks > 1:
+            return self._in_chunks(features, ids)
+        output = self._engine("whole", features, ids)
+        self._engine.backward(output.loss)
+        return output
+
+    def _in_chunks(self, features: Tensor, ids: Tensor | None) -> Any:
+        chunks = features.chunk(self._chunks)
+        random_state = _RandomState(features.device)
+        buffers = [buffer.clone() for buffer in self.objective.buffers()]
+        with torch.no_grad():
+            embeddings = torch.cat([self._engine("embed", chunk) for chunk in chunks]).requires_grad_()
+        # Statistics are to move once a step, and dropout is to repeat itself.
+        for buffer, before in zip(self.objective.buffers(), buffers, strict=True):
+            buffer.copy_(before)
+        random_state.restore()
+        with self._one_reduction():
+            output = self._engine("compare", embeddings, ids)
+            # Without parameters of the loss there is nothing that the engine would have to average.
+            has_parameters = any(True for _ in self.objective.get_submodule("loss").parameters())
+            self._engine.backward(output.loss) if has_parameters else output.loss.backward()
+            assert embeddings.grad is not None
+            for chunk, gradients in zip(chunks, embeddings.grad.chunk(self._chunks), strict=True):
+                self._engine.backward(self._engine("pull", chunk, gradients))
+        return output
+
+    @contextmanager
+    def _one_reduction(self) -> Iterator[None]:
+        """Average the gradients of all backward passes in the block at its end."""
+        if self._stage > 0:
+            with self._engine.coalesce_grad_reduction():
+                yield
+            return
+        with self._engine.no_sync():
+            yield
+        self._engine.allreduce_gradients()
 
     def gradient_norm(self) -> Tensor:
         """Norm of the averaged gradient over all parameters, a scalar that is the same on all ranks, before
@@ -171,6 +218,20 @@ class Engine:
         return deepspeed.zero.GatheredParameters(
             list(module.parameters()), modifier_rank=0 if write else None, enabled=self._stage == 3
         )
+
+
+class _RandomState:
+    """State of torch's generators, of the CPU and of the device in use."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._cpu = torch.get_rng_state()
+        self._device = device if device.type == "cuda" else None
+        self._cuda = torch.cuda.get_rng_state(device) if self._device else None
+
+    def restore(self) -> None:
+        torch.set_rng_state(self._cpu)
+        if self._device and self._cuda is not None:
+            torch.cuda.set_rng_state(self._cuda, self._device)
 
 
 def deepspeed_settings(config: Config, world: World) -> dict[str, Any]:

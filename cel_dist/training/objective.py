@@ -1,6 +1,6 @@
 """Encoder and loss as one module, so that one engine owns all parameters and the loss sees them whole (ZeRO-3)."""
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +10,9 @@ from cel_dist.losses import EquilibriumLoss, LossOutput
 
 class Objective(nn.Module):
     """Features of this rank's utterances to the loss of the global batch.
+
+    The steps of a batch that is encoded in chunks go through `forward` as well, because the engine prepares
+    parameters and takes gradients only there.
 
     Args:
         encoder: [n, 40, F] to [n, D].
@@ -24,12 +27,33 @@ class Objective(nn.Module):
         self.loss = loss
         self._joint = views == "joint"
 
-    def forward(self, features: Tensor) -> LossOutput:
-        """Compute the loss of the global batch from this rank's features [B, V, 40, F]."""
+    def forward(self, step: Literal["whole", "embed", "compare", "pull"], *inputs: Any) -> Any:
+        """One step of the objective.
+
+        Args:
+            step: `whole` takes features [B, V, 40, F] and ids [B] or None to a LossOutput; `embed` takes features to
+                embeddings [B, V, D]; `compare` takes embeddings and ids to a LossOutput; `pull` takes features and
+                gradients [B, V, D] at their embeddings to a scalar whose gradient is that of the loss.
+            inputs: what the step takes.
+        """
+        match step:
+            case "whole":
+                features, ids = inputs
+                return self._compare(self._embed(features), ids)
+            case "embed":
+                return self._embed(*inputs)
+            case "compare":
+                return self._compare(*inputs)
+            case "pull":
+                features, gradients = inputs
+                return (self._embed(features) * gradients).sum()
+
+    def _embed(self, features: Tensor) -> Tensor:
         num_views = features.shape[1]
         if self._joint:
-            embeddings = self.encoder(features.flatten(0, 1)).unflatten(0, (-1, num_views))
-        else:
-            embeddings = torch.stack([self.encoder(features[:, view]) for view in range(num_views)], dim=1)
-        output: LossOutput = self.loss(embeddings)
+            return self.encoder(features.flatten(0, 1)).unflatten(0, (-1, num_views))  # type: ignore[no-any-return]
+        return torch.stack([self.encoder(features[:, view]) for view in range(num_views)], dim=1)
+
+    def _compare(self, embeddings: Tensor, ids: Tensor | None) -> LossOutput:
+        output: LossOutput = self.loss(embeddings, ids)
         return output
