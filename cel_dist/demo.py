@@ -1,6 +1,9 @@
 """The whole story on one machine: corpus, shards, two ranks of training, evaluation, report, registered model."""
 
 import logging
+import os
+import shlex
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -28,7 +31,12 @@ MODEL_NAME = "cel-demo"
 
 @dataclass(frozen=True)
 class DemoResult:
-    """What `cel demo` tells. EERs are fractions on speakers that neither training nor model selection has heard."""
+    """What `cel demo` tells. EERs are fractions on speakers that neither training nor model selection has heard.
+
+    Attributes:
+        commands: shell lines to go on with, by what they do. They work as they stand in the folder where the demo ran:
+            the registry of the demo is in its own folder, and its programs need not be on the PATH.
+    """
 
     eer_before: float
     eer_after: float
@@ -38,6 +46,7 @@ class DemoResult:
     report: str
     model_uri: str
     tracking_uri: str
+    commands: dict[str, str]
 
 
 def run_demo(
@@ -96,6 +105,7 @@ def run_demo(
         report=str(report),
         model_uri=summary["model_uri"],
         tracking_uri=_tracking_uri(out),
+        commands=_commands(summary["model_uri"], _tracking_uri(out), split),
     )
 
 
@@ -138,6 +148,30 @@ def _settings(out: Path, split: Split, run_dir: Path) -> dict[str, Any]:
 
 def _tracking_uri(out: Path) -> str:
     return f"sqlite:///{(out / 'mlflow.db').resolve()}"
+
+
+def _commands(model_uri: str, tracking_uri: str, split: Split) -> dict[str, str]:
+    from cel_dist.evaluation.trials import Trials
+
+    trials = Trials.read(split.test_trials)
+    first_target = int(trials.labels.argmax())
+    voices = [str(split.root / trials.files[side[first_target]]) for side in (trials.enrol, trials.test)]
+    registry = shlex.quote(tracking_uri)
+    verify = f"{_program('cel', 'cel_dist')} verify --model {shlex.quote(model_uri)} {shlex.join(voices)}"
+    return {
+        "compare two recordings of an unheard speaker": f"MLFLOW_TRACKING_URI={registry} {verify}",
+        "look at all runs in a browser": f"{_program('mlflow', 'mlflow')} ui --backend-store-uri {registry}",
+    }
+
+
+def _program(name: str, module: str) -> str:
+    """How a shell in the current folder starts an installed program with the interpreter that runs now."""
+    interpreter = Path(sys.executable)
+    inside = interpreter.is_relative_to(Path.cwd())
+    place = Path(os.path.relpath(interpreter) if inside else interpreter)
+    if interpreter.with_name(name).is_file():
+        return shlex.quote(str(place.with_name(name)))
+    return f"{shlex.quote(str(place))} -m {module}"
 
 
 def _test(config: Config, split: Split, run_dir: Path) -> tuple[float, float]:

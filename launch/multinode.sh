@@ -28,7 +28,5 @@ if [[ -n ${NODE_RANK:-} ]]; then
     fi
     options+=(--no_ssh --node_rank "$NODE_RANK")
 fi
-# On a CPU DeepSpeed compiles its communication kernel at first use, and looks for ninja on the PATH.
 bin=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)/.venv/bin
-export PATH=$bin:$PATH
 exec "$bin/deepspeed" "${options[@]}" --module cel_dist.train "$@"

@@ -2,11 +2,14 @@
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from cel_dist.cli.app import JsonOption, app, emit
+
+if TYPE_CHECKING:
+    from cel_dist.demo import DemoResult
 
 
 @app.command(epilog="Example: cel demo --out demo")
@@ -23,15 +26,21 @@ def demo(
 
     with progress_bar("corpus") as progress:
         result = run_demo(out, corpus, progress=progress)
-    text = f"""
-  EER on unheard speakers   before {100 * result.eer_before:.1f} %   after {100 * result.eer_after:.1f} %
-  time                      {result.seconds / 60:.1f} min
-  training speed            {result.utterances_per_second:.1f} utterances/s
+    emit(asdict(result), demo_text(result), as_json=as_json)
 
-  report          {result.report}
-  run folder      {result.run_dir}
-  model           {result.model_uri}
-  all runs        mlflow ui --backend-store-uri {result.tracking_uri}
-  compare voices  cel verify --model {result.run_dir} ONE.wav OTHER.wav
-"""
-    emit(asdict(result), text, as_json=as_json)
+
+def demo_text(result: "DemoResult") -> str:
+    """What the command prints for people; lines indented by four are for a shell."""
+    lines = [
+        "",
+        f"  EER on unheard speakers   before {100 * result.eer_before:.1f} %   after {100 * result.eer_after:.1f} %",
+        f"  time                      {result.seconds / 60:.1f} min",
+        f"  training speed            {result.utterances_per_second:.1f} utterances/s",
+        "",
+        f"  report      {result.report} (its EERs are those of the validation speakers, who chose the model)",
+        f"  run folder  {result.run_dir}",
+        f"  model       {result.model_uri} in {result.tracking_uri}",
+    ]
+    for purpose, command in result.commands.items():
+        lines += ["", f"  To {purpose}:", f"    {command}"]
+    return "\n".join([*lines, ""])
