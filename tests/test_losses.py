@@ -198,3 +198,55 @@ def test_unsuitable_views_and_shapes_are_refused() -> None:
 def test_unusable_settings_are_named(settings: dict[str, object], message: str) -> None:
     with pytest.raises(CelError, match=message):
         EquilibriumLoss(**settings)
+
+
+@pytest.mark.parametrize("pairs", PAIRS)
+@pytest.mark.parametrize("similarity", SIMILARITIES)
+def test_hand_derived_gradients_are_those_of_finite_differences(similarity: str, pairs: str) -> None:
+    x = random_rows(num_utterances=5, dim=4).requires_grad_()
+    ids = torch.tensor([3, 1, 4, 1, 5])
+    module = EquilibriumLoss(similarity, pairs, lambda_s=0.7, lambda_u=0.4).double()
+    parameters = tuple(module.parameters())
+    assert torch.autograd.gradcheck(lambda x, *_: module(x, ids).loss, (x, *parameters))
+
+
+def test_equal_ids_are_no_negatives() -> None:
+    x = random_rows(num_utterances=4)
+    ids = torch.tensor([1, 2, 3, 1])
+    copied = x.clone()
+    copied[3] = x[0]
+    # A copy of an utterance would be its own hardest negative, and the nearest pair of all.
+    masked, bare = EquilibriumLoss()(copied, ids), EquilibriumLoss()(copied)
+    assert masked.similarity < bare.similarity
+    assert masked.uniformity < bare.uniformity
+    assert EquilibriumLoss()(x, torch.arange(4)).loss == EquilibriumLoss()(x).loss
+
+
+@pytest.mark.parametrize(("matmul", "tolerance"), [("tf32", 1e-5), ("bf16", 2e-2)])
+def test_coarser_products_move_the_loss_little_and_only_where_asked(matmul: str, tolerance: float) -> None:
+    x = random_rows(num_utterances=64, dim=128).float().requires_grad_()
+    exact, coarse = EquilibriumLoss()(x), EquilibriumLoss(matmul=matmul)(x)
+    assert float(coarse.loss) == pytest.approx(float(exact.loss), rel=tolerance)
+    # A CPU has no tf32, and its fp32 stands for it.
+    assert (float(coarse.loss) == float(exact.loss)) == (matmul == "tf32")
+    gradients = [torch.autograd.grad(output.loss, x)[0] for output in (exact, coarse)]
+    assert float((gradients[0] - gradients[1]).norm() / gradients[0].norm()) < tolerance
+    assert coarse.loss.dtype == torch.float32
+    assert EquilibriumLoss(matmul=matmul)(x.double()).loss == EquilibriumLoss()(x.double()).loss
+
+
+def test_bad_ids_are_refused() -> None:
+    with pytest.raises(CelError, match="give 7 of int64"):
+        EquilibriumLoss()(random_rows(), torch.zeros(7))
+    with pytest.raises(CelError, match=r"unknown exchange 'star'.*gather, ring, auto"):
+        EquilibriumLoss(exchange="star")
+    with pytest.raises(CelError, match=r"unknown precision 'fp8'.*fp32, tf32, bf16"):
+        EquilibriumLoss(matmul="fp8")
+
+
+@pytest.mark.parametrize(("value", "message"), [(float("inf"), "not finite"), (0.0, "length 0")])
+def test_unusable_embeddings_are_named(value: float, message: str) -> None:
+    x = random_rows()
+    x[2, 1] = value
+    with pytest.raises(CelError, match=f"rank 0 has embeddings .*{message}.* in 1 of 7 utterances; lower optim.lr"):
+        EquilibriumLoss()(x)

@@ -24,8 +24,8 @@ def test_separate_views_are_normalised_by_their_own_statistics_and_joint_ones_by
     encoder, features = encoder_and_features()
     alone, together = copy.deepcopy(encoder), copy.deepcopy(encoder)
     loss = EquilibriumLoss()
-    separate = Objective(copy.deepcopy(encoder), loss, "separate")(features)
-    joint = Objective(copy.deepcopy(encoder), loss, "joint")(features)
+    separate = Objective(copy.deepcopy(encoder), loss, "separate")("whole", features, None)
+    joint = Objective(copy.deepcopy(encoder), loss, "joint")("whole", features, None)
     by_view = loss(torch.stack([alone(features[:, view]) for view in range(V)], dim=1))
     at_once = loss(together(features.reshape(B * V, MELS, FRAMES)).reshape(B, V, -1))
     torch.testing.assert_close(separate.loss, by_view.loss, rtol=0, atol=1e-6)
@@ -36,5 +36,7 @@ def test_separate_views_are_normalised_by_their_own_statistics_and_joint_ones_by
 def test_without_batch_statistics_the_two_are_the_same():
     encoder, features = encoder_and_features()
     loss = EquilibriumLoss()
-    separate, joint = (Objective(encoder, loss, views).eval()(features) for views in ("separate", "joint"))
+    separate, joint = (
+        Objective(encoder, loss, views).eval()("whole", features, None) for views in ("separate", "joint")
+    )
     torch.testing.assert_close(separate.loss, joint.loss, rtol=0, atol=1e-5)

@@ -18,7 +18,7 @@ def with_global_batch_norm(encoder: nn.Module, group: dist.ProcessGroup, on_gpu:
     state dict stay, so the weights go into an encoder without this. Returns the encoder, changed in place.
     """
     if on_gpu:
-        converted: nn.Module = nn.SyncBatchNorm.convert_sync_batchnorm(encoder, group)
+        converted: nn.Module = nn.SyncBatchNorm.convert_sync_batchnorm(encoder, group)  # type: ignore[no-untyped-call]
         return converted
     for parent in list(encoder.modules()):
         for name, child in parent.named_children():
@@ -79,7 +79,7 @@ class _Normalise(torch.autograd.Function):
         own = torch.cat([own_mean.new_tensor([x.numel() / x.shape[1]]), own_mean, own_variance])
         gathered = own.new_empty(dist.get_world_size(group) * len(own))
         _all_gather(gathered, own, group=group)
-        counts, means, variances = gathered.view(-1, len(own)).split([1, len(own_mean), len(own_mean)], dim=1)
+        counts, means, variances = torch.split(gathered.view(-1, len(own)), [1, len(own_mean), len(own_mean)], dim=1)
         count = counts.sum()
         shares = counts / count
         mean = (shares * means).sum(dim=0)

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from cel_dist.errors import CelError
 from cel_dist.losses.exchange import Exchange, ExchangeName
-from cel_dist.losses.precision import MatmulName
+from cel_dist.losses.precision import MatmulName, Products
 from cel_dist.losses.similarity import SIMILARITIES, SimilarityName
 from cel_dist.losses.terms import Settings, global_terms
 from cel_dist.losses.uniformity import Pairs, check_pairs
@@ -83,7 +83,7 @@ class EquilibriumLoss(nn.Module):
             if not 0 <= weight < float("inf"):
                 raise CelError(f"{name} is {weight}; give a finite weight of at least 0")
         definition = SIMILARITIES[similarity]
-        self._settings = Settings(definition, pairs, t, lambda_s, lambda_u, matmul)
+        self._settings = Settings(definition, pairs, t, lambda_s, lambda_u, Products(matmul))
         self._exchange = Exchange(group, exchange)
         # Of shape [1], because DeepSpeed refuses parameters without dimensions.
         scaled = definition.scaled

@@ -2,10 +2,12 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
+
+from cel_dist.errors import CelError
 
 MatmulName = Literal["fp32", "tf32", "bf16"]
 
@@ -26,9 +28,14 @@ class Products:
     Args:
         matmul: `fp32`; `tf32` rounds the factors to 10 bits of mantissa on the GPUs that can, and is fp32 elsewhere;
             `bf16` rounds them to 7 bits everywhere.
+
+    Raises:
+        CelError: `matmul` is unknown.
     """
 
     def __init__(self, matmul: MatmulName) -> None:
+        if matmul not in get_args(MatmulName):
+            raise CelError(f"unknown precision '{matmul}' of matrix products; choose one of fp32, tf32, bf16")
         self._matmul = matmul
 
     @contextmanager

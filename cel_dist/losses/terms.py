@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from cel_dist.errors import CelError
 from cel_dist.losses.batch import GlobalBatch, check_faults, faults
 from cel_dist.losses.exchange import Exchange
-from cel_dist.losses.precision import MatmulName, Products, full_precision
+from cel_dist.losses.precision import Products, full_precision
 from cel_dist.losses.similarity import Similarity, SimilarityTerm
 from cel_dist.losses.tiles import TileSize, negative_logsumexp
 from cel_dist.losses.uniformity import Pairs, UniformityTerm, view_pairs
@@ -33,7 +33,7 @@ class Settings:
         t: its temperature.
         lambda_s: weight of the similarity loss; at 0 it has a value and no gradient.
         lambda_u: weight of the uniformity loss, likewise.
-        matmul: precision of the matrix products.
+        products: how matrix products are computed.
         tile: size of the tiles; None chooses by device.
     """
 
@@ -42,7 +42,7 @@ class Settings:
     t: float = 2.0
     lambda_s: float = 1.0
     lambda_u: float = 1.0
-    matmul: MatmulName = "fp32"
+    products: Products = Products("fp32")
     tile: TileSize | None = None
 
 
@@ -121,9 +121,8 @@ class _GlobalTerms(torch.autograd.Function):
         learns: tuple[bool, bool],
     ) -> tuple[Tensor, ...]:
         similarity_learns, uniformity_learns = learns
-        products = Products(settings.matmul)
-        with products.active():
-            batch = GlobalBatch.share(x, ids, exchange, products, settings.tile)
+        with settings.products.active():
+            batch = GlobalBatch.share(x, ids, exchange, settings.products, settings.tile)
             similarity = None
             if settings.similarity and anchors is not None and keys is not None and positives is not None:
                 scale = x.new_ones(1) if w is None else w.to(x.dtype)

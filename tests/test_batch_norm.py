@@ -1,0 +1,90 @@
+"""Batch norm over real ranks beside plain batch norm over the rows of all of them."""
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+from worlds import run_world
+
+from cel_dist.encoders import build_encoder
+from cel_dist.encoders.batch_norm import GlobalBatchNorm, with_global_batch_norm
+
+ROWS = [5, 3, 4]
+CHANNELS = 6
+
+
+def values(*shape):
+    # Far from 0 in the mean, where the difference of two large numbers would show.
+    return 30 + torch.randn(*shape, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+
+
+def norm(momentum):
+    torch.manual_seed(1)
+    module = nn.Sequential(nn.BatchNorm2d(CHANNELS, momentum=momentum)).double()
+    nn.init.normal_(module[0].weight)
+    nn.init.normal_(module[0].bias)
+    return module
+
+
+def train_and_describe(module, x, pull):
+    """Outputs and gradients of two steps, in which the second sees the running statistics of the first."""
+    for _ in range(2):
+        module.zero_grad()
+        x = x.detach().requires_grad_()
+        y = module(x)
+        (y * pull).sum().backward()
+    module.eval()
+    return {
+        "y": y.detach(),
+        "x": x.grad,
+        "evaluated": module(x).detach(),
+        **{name: parameter.grad for name, parameter in module.named_parameters()},
+        **dict(module.named_buffers()),
+    }
+
+
+def on_a_rank(momentum):
+    dist.init_process_group("gloo")
+    rank = dist.get_rank()
+    own = slice(sum(ROWS[:rank]), sum(ROWS[: rank + 1]))
+    module = with_global_batch_norm(norm(momentum), dist.group.WORLD, on_gpu=False)
+    assert isinstance(module[0], GlobalBatchNorm)
+    found = train_and_describe(module, values(sum(ROWS), CHANNELS, 7, 2)[own], pulls()[own])
+    dist.destroy_process_group()
+    return {name: value.numpy() for name, value in found.items()}
+
+
+def pulls():
+    generator = torch.Generator().manual_seed(4)
+    return torch.randn(sum(ROWS), CHANNELS, 7, 2, generator=generator, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("momentum", [0.1, None])
+def test_three_ranks_normalise_as_one_process_does_the_rows_of_all(tmp_path, momentum):
+    ranks = run_world(len(ROWS), on_a_rank, momentum, folder=tmp_path)
+    whole = train_and_describe(norm(momentum), values(sum(ROWS), CHANNELS, 7, 2), pulls())
+    for name, wanted in whole.items():
+        parts = [torch.as_tensor(found[name]) for found in ranks]
+        if name in ("y", "x", "evaluated"):
+            torch.testing.assert_close(torch.cat(parts), wanted, rtol=1e-12, atol=1e-11)
+        elif name in ("0.weight", "0.bias"):
+            torch.testing.assert_close(sum(parts), wanted, rtol=1e-12, atol=1e-11)
+        else:
+            for part in parts:
+                torch.testing.assert_close(part, wanted, rtol=1e-12, atol=1e-12)
+
+
+def change_the_encoder():
+    dist.init_process_group("gloo")
+    plain = build_encoder("fast_resnet34", embedding_dim=16)
+    before = {name: value.clone() for name, value in plain.state_dict().items()}
+    changed = with_global_batch_norm(plain, dist.group.WORLD, on_gpu=False)
+    after = changed.state_dict()
+    dist.destroy_process_group()
+    left = [module for module in changed.modules() if type(module) in (nn.BatchNorm1d, nn.BatchNorm2d)]
+    same = before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
+    return same, len(left)
+
+
+def test_an_encoder_keeps_its_weights_and_their_names(tmp_path):
+    assert run_world(1, change_the_encoder, folder=tmp_path) == [(True, 0)]
