@@ -20,10 +20,6 @@ import sys
 import time
 from pathlib import Path
 
-from cel_dist.distributed import let_idle_threads_sleep
-
-let_idle_threads_sleep()
-
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -139,7 +135,80 @@ def memory(device: str) -> float:
 
 def in_own_process(*arguments: object) -> dict[str, float]:
     command = [sys.executable, __file__, "--one", *map(str, arguments)]
-    return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    # Threads that spin while they wait would take the core from other work on the machine, and the other way round.
+    environment = {**os.environ, "OMP_WAIT_POLICY": "PASSIVE"}
+    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=environment)
+    return json.loads(done.stdout)
+
+
+def write(table: list[dict], ring: dict[str, float] | None, device: str, repeats: int) -> None:
+    """results/global_loss.json, .md and .png."""
+    machine = torch.cuda.get_device_name() if device == "cuda" else f"{os.cpu_count()} cores, {platform.machine()}"
+    conditions = {
+        "machine": machine,
+        "torch": version("torch"),
+        "threads": torch.get_num_threads(),
+        "repeats": repeats,
+        "products": "fp32",
+    }
+    report = {"conditions": conditions, "table": table, "ring": ring}
+    (RESULTS / "global_loss.json").write_text(json.dumps(report, indent=1) + "\n")
+    lines = [
+        "# One rank's share of the global loss",
+        "",
+        f"Written by `benchmarks/global_loss.py` on {machine}, torch {conditions['torch']}, "
+        f"{conditions['threads']} threads, fp32: A-Cont and PoN, forward and backward, of b = K / W rows against all K "
+        f"rows of dimension d. Medians of {repeats}, the two ways in turns, each in a process of its own; memory is the "
+        "peak beyond the gathered rows. The machine is shared: compare the ratios.",
+        "",
+        "A step is one all-gather, of b (2 d) words from each rank, and one exchange, of 2 b + 8; no collective runs "
+        "backward. Autograd through a gather sends the gradient of all K rows back besides. Sending is not in the times.",
+        "",
+        "| K | d | W | b | tiles s | autograd s | ratio | tiles MiB | autograd MiB | share | words sent |",
+        "| ---: " * 11 + "|",
+    ]
+    for row in table:
+        tiles, plain = row["tiles"], row["materialised"]
+        lines.append(
+            f"| {row['K']} | {row['d']} | {row['W']} | {row['b']} | {tiles['seconds']:.3f} | {plain['seconds']:.3f} "
+            f"| {plain['seconds'] / tiles['seconds']:.2f} | {tiles['mebibytes']:.0f} | {plain['mebibytes']:.0f} "
+            f"| {tiles['mebibytes'] / max(plain['mebibytes'], 1):.1%} | {row['words']} |"
+        )
+    if ring:
+        lines += [
+            "",
+            f"Ring: b = {RING_ROWS} rows against K = {RING_BATCH}, d = 256, blocks as the ring delivers them "
+            f"(the sending itself left out): {ring['seconds']:.0f} s, {ring['mebibytes']:.0f} MiB beyond the own rows.",
+        ]
+    if device != "cuda":
+        lines += ["", "Nothing here was measured on a GPU."]
+    lines += ["", "![Time and memory against K](global_loss.png)"]
+    (RESULTS / "global_loss.md").write_text("\n".join(lines) + "\n")
+    draw(table)
+
+
+def draw(table: list[dict]) -> None:
+    """Time and memory against K, both logarithmic, for d = 256."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    colours = {1: "tab:blue", 8: "tab:orange", 64: "tab:green"}
+    for axis, quantity, label in zip(axes, ("seconds", "mebibytes"), ("seconds", "MiB beyond the rows"), strict=True):
+        for world_size, colour in colours.items():
+            rows = [row for row in table if row["W"] == world_size and row["d"] == 256]
+            for way, style in (("tiles", "o-"), ("materialised", "s--")):
+                values = [max(row[way][quantity], 0.1 if quantity == "mebibytes" else 0) for row in rows]
+                name = f"{'tiles' if way == 'tiles' else 'autograd'}, W = {world_size}"
+                axis.loglog([row["K"] for row in rows], values, style, color=colour, label=name, base=10)
+        axis.set_xlabel("utterances in the global batch K")
+        axis.set_ylabel(label)
+        axis.grid(alpha=0.3, which="both")
+    axes[0].legend(frameon=False, fontsize=8)
+    figure.suptitle("One rank's share of the global loss, d = 256")
+    figure.savefig(RESULTS / "global_loss.png", dpi=110)
 
 
 def main() -> None:
@@ -171,7 +240,7 @@ def main() -> None:
     ring = None
     if options.ring:
         ring = in_own_process("ring", RING_BATCH, 256, RING_BATCH // RING_ROWS, "--repeats", 1, *common[2:])
-    write(table, ring, options.device)
+    write(table, ring, options.device, options.repeats)
 
 
 if __name__ == "__main__":

@@ -60,6 +60,9 @@ class DataSection(Section):
     """Reader processes per rank; 0 reads in the training process."""
     short: Literal["drop", "overlap", "repeat"] = "drop"
     """Utterances shorter than two segments: leave out, let the segments overlap, or repeat the audio until two fit."""
+    num_speakers: Positive | None = None
+    """An estimate of the number of speakers, for the expected rate of false negatives in the log; where the shards
+    have labels it is counted. Training does not use it."""
     segment_frames: Annotated[Whole, Field(ge=16, le=60_000)] = 180
     """Length of a segment in frames of 10 ms; 180 frames are 29 040 samples."""
 

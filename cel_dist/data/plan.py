@@ -76,6 +76,11 @@ class Plan:
             )
         self._order: tuple[int, np.ndarray] | None = None
 
+    @property
+    def usable(self) -> np.ndarray:
+        """[n] int64, ids of the utterances that are drawn."""
+        return self._usable
+
     def __len__(self) -> int:
         """Number of usable utterances."""
         return len(self._usable)

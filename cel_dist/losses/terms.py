@@ -6,7 +6,7 @@ with. That gradient is multiplied by W, because the engine averages over the ran
 No gradient is ever sent.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
@@ -42,7 +42,7 @@ class Settings:
     t: float = 2.0
     lambda_s: float = 1.0
     lambda_u: float = 1.0
-    products: Products = Products("fp32")
+    products: Products = field(default_factory=lambda: Products("fp32"))
     tile: TileSize | None = None
 
 
