@@ -105,7 +105,7 @@ class TrainSection(Section):
     precision: Literal["fp32", "bf16"] = "fp32"
     """Encoder arithmetic; bf16 is autocast, and features, loss and parameters stay fp32 in either case."""
     threads: Positive | None = None
-    """CPU threads of a rank. Default: the cores of the machine divided by its ranks."""
+    """CPU threads of a rank. Default: the cores that the process may use, divided by the ranks of the machine."""
     log_every: Positive = 10
     """Steps between two lines in the log, `metrics.jsonl` and MLflow."""
 
@@ -169,8 +169,8 @@ class TrackingSection(Section):
     """Tracking server or database. Default: $MLFLOW_TRACKING_URI, else `sqlite:///mlflow.db` in the current folder."""
     experiment: str = "cel"
     """Name of the experiment."""
-    register_as: str | None = None
-    """Register the best encoder under this model name when training ends."""
+    register_as: str | None = "cel"
+    """Register the best encoder under this model name when training ends; null does not register it."""
 
 
 class Config(Section):
