@@ -162,7 +162,7 @@ def write(table: list[dict], ring: dict[str, float] | None, device: str, repeats
         "peak beyond the gathered rows. The machine is shared: compare the ratios.",
         "",
         "A step is one all-gather, of b (2 d) words from each rank, and one exchange, of 2 b + 8; no collective runs "
-        "backward. Autograd through a gather sends the gradient of all K rows back besides. Sending is not in the times.",
+        "backward. Autograd through a gather sends the gradient of all K rows back besides. Sending is not timed.",
         "",
         "| K | d | W | b | tiles s | autograd s | ratio | tiles MiB | autograd MiB | share | words sent |",
         "| ---: " * 11 + "|",

@@ -134,7 +134,7 @@ class TrainSection(Section):
     """Parts in which a rank encodes its rows, for batches larger than its memory; above 1 it costs one more forward
     pass, and batch norm takes its statistics from a part."""
     threads: Annotated[Whole, Field(gt=0, le=4096)] | None = None
-    """CPU threads of a rank. Default: the cores of the machine divided by its ranks."""
+    """CPU threads of a rank. Default: the cores that the process may use, divided by the ranks of the machine."""
     log_every: Positive = 10
     """Steps between two lines in the log, `metrics.jsonl` and MLflow."""
 
@@ -198,8 +198,8 @@ class TrackingSection(Section):
     """Tracking server or database. Default: $MLFLOW_TRACKING_URI, else `sqlite:///mlflow.db` in the current folder."""
     experiment: str = "cel"
     """Name of the experiment."""
-    register_as: str | None = None
-    """Register the best encoder under this model name when training ends."""
+    register_as: str | None = "cel"
+    """Register the best encoder under this model name when training ends; null does not register it."""
 
 
 class Config(Section):

@@ -84,6 +84,9 @@ class Engine:
         self._engine, *_ = deepspeed.initialize(
             model=objective.to(device), optimizer=optimizer, config=deepspeed_settings(config, world)
         )
+        # A script for reading DeepSpeed's files, which `model/` makes needless, and which rank 0 alone could fail to
+        # write.
+        self._engine._copy_recovery_script = lambda folder: None
 
     @property
     def objective(self) -> nn.Module:
@@ -189,8 +192,15 @@ class Engine:
             return {name: parameter.item() for name, parameter in loss.named_parameters()}
 
     def save(self, folder: Path) -> None:
-        """Write engine and optimizer state into `folder`; every rank calls this."""
-        self._engine.save_checkpoint(str(folder), tag="engine", save_latest=False)
+        """Write engine and optimizer state into `folder`; every rank calls this.
+
+        Raises:
+            OSError, RuntimeError: this rank could not write its part; the others are not held up by that.
+        """
+        with _kept_failures(self._engine.checkpoint_engine) as failures:
+            self._engine.save_checkpoint(str(folder), tag="engine", save_latest=False)
+        if failures:
+            raise failures[0]
 
     def load(self, folder: Path) -> None:
         """Read what `save` wrote.
@@ -232,6 +242,25 @@ class _RandomState:
         torch.set_rng_state(self._cpu)
         if self._device and self._cuda is not None:
             torch.cuda.set_rng_state(self._cuda, self._device)
+
+
+@contextmanager
+def _kept_failures(writer: Any) -> Iterator[list[Exception]]:
+    """Collect what goes wrong when DeepSpeed's `writer` writes files: a rank that raised there would leave the others
+    in a barrier."""
+    failures: list[Exception] = []
+
+    def save(state_dict: Any, path: str) -> None:
+        try:
+            type(writer).save(writer, state_dict, path)
+        except (OSError, RuntimeError) as error:
+            failures.append(error)
+
+    writer.save = save
+    try:
+        yield failures
+    finally:
+        del writer.save
 
 
 def deepspeed_settings(config: Config, world: World) -> dict[str, Any]:

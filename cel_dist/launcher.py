@@ -1,18 +1,18 @@
 """Starting the ranks of a run through the deepspeed launcher, and reading what they left."""
 
-import json
 import logging
 import os
 import shlex
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from cel_dist.config import load_config
-from cel_dist.distributed import World, free_port
+from cel_dist.data.files import sole_writer
+from cel_dist.distributed import free_port
 from cel_dist.errors import CelError, RunError
-from cel_dist.training import SUMMARY
 
 logger = logging.getLogger(__name__)
 
@@ -45,20 +45,30 @@ def launch(
 ) -> dict[str, Any]:
     """Train in new processes and return the run's summary (see `TrainResult`).
 
-    The configuration is checked here first, so that a mistake costs a moment and one line instead of a launch.
+    Everything that can be found wrong beforehand is checked here first, so that a mistake costs seconds and one line
+    instead of a launch. With a hostfile, this machine must see the data and the run folder as the nodes do.
 
     Raises:
-        CelError: the configuration cannot be used, here or by the ranks.
-        RunError: the ranks failed; what they said is above on stderr.
+        CelError: the run cannot be started, here or by the ranks.
+        RunError: another process writes the run folder, or the ranks failed; what they said is above on stderr.
     """
+    # Both read much, of which the command line and its help know nothing.
+    from cel_dist.training.preflight import preflight
+    from cel_dist.training.result import TrainResult
+
     settings = load_config(config, overrides)
-    if num_ranks is not None:
-        if num_ranks < 1:
-            raise CelError(f"--nproc {num_ranks}: at least one process is needed")
-        if hostfile is None:
-            World(size=num_ranks).rows(settings.train.batch_size)
+    if num_ranks is not None and num_ranks < 1:
+        raise CelError(f"--nproc {num_ranks}: at least one process is needed")
     if hostfile is not None and not hostfile.is_file():
         raise CelError(f"hostfile {hostfile} does not exist; write one line 'name slots=N' for each node")
+    start = preflight(settings, num_ranks if hostfile is None else None, resume).start
+    if start.result is not None:
+        logger.info("%s", start.result.nothing_to_do())
+        return asdict(start.result)
+    if settings.run.dir.is_dir():
+        # The ranks hold the folder while they run; looking now spares the start of a second set of them.
+        with sole_writer(settings.run.dir, "cel train"):
+            pass
     command = launcher_command(config, overrides, num_ranks=num_ranks, hostfile=hostfile, resume=resume)
     logger.info("starting: %s", shlex.join(command))
     # Standard output belongs to the command's own result.
@@ -69,5 +79,9 @@ def launch(
         raise RunError(
             f"training ended with code {code}; its last words are above, its run folder is {settings.run.dir}"
         )
-    summary: dict[str, Any] = json.loads((settings.run.dir / SUMMARY).read_text(encoding="utf-8"))
-    return summary
+    result = TrainResult.read(settings.run.dir)
+    if result is None:
+        raise RunError(
+            f"training ended, but there is no summary of it in {settings.run.dir}; put run.dir where all nodes see it"
+        )
+    return asdict(result)

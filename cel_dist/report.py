@@ -14,9 +14,12 @@ from typing import Any, Literal, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
+from cel_dist.data.files import atomic_write
 from cel_dist.errors import CelError, RunError
 
 Record: TypeAlias = Mapping[str, Any]
+
+PLOTS = "plots"
 
 _PACKAGES = ("cel_dist", "torch", "torchaudio", "deepspeed", "webdataset", "mlflow", "numpy")
 
@@ -28,14 +31,21 @@ class Figure:
     Attributes:
         title: heading.
         caption: how to read it.
-        source: the picture as a `data:` URI.
+        svg: the picture.
+        file: its name in the folder `plots`.
         kind: `half` stands beside another one, `map` and `panels` take the whole width; panels scroll on a phone.
     """
 
     title: str
     caption: str
-    source: str
+    svg: bytes
+    file: str
     kind: Literal["half", "map", "panels"] = "half"
+
+    @property
+    def source(self) -> str:
+        """The picture as a `data:` URI."""
+        return _data_uri(self.svg)
 
 
 @dataclass(frozen=True)
@@ -49,11 +59,11 @@ class Scores:
 
 
 def write_report(run_dir: str | os.PathLike[str]) -> Path:
-    """Write `report.html` into a run folder and return its path.
+    """Write `report.html`, and its pictures as files in `plots/`, into a run folder; returns the report's path.
 
-    Read are `metrics.jsonl` and, where they exist, `summary.json`, `config.yaml`, `mlflow_run_id.txt`,
-    `evaluation/scores.txt` (lines `label enrol test score`) and `evaluation/embeddings.npz` (`names` [N], `embeddings`
-    [N, D]). What is not there is left out of the report.
+    Read are `metrics.jsonl` and, where they exist, `evaluations.jsonl`, `summary.json`, `config.yaml`,
+    `mlflow_run_id.txt`, `evaluation/scores.txt` (lines `label enrol test score`) and `evaluation/embeddings.npz`
+    (`names` [N], `embeddings` [N, D]). What is not there is left out of the report.
 
     Raises:
         CelError: the folder holds no metrics, or a file in it is damaged.
@@ -63,8 +73,10 @@ def write_report(run_dir: str | os.PathLike[str]) -> Path:
 
     folder = Path(run_dir)
     records = _read_records(folder / "metrics.jsonl")
+    evaluations = _read_records(folder / "evaluations.jsonl") if (folder / "evaluations.jsonl").exists() else []
     summary = _read_summary(folder / "summary.json")
     scores = _read_scores(folder / "evaluation" / "scores.txt")
+    figures = _figures(folder, [*records, *evaluations], scores)
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -75,25 +87,27 @@ def write_report(run_dir: str | os.PathLike[str]) -> Path:
     page = environment.get_template("report.html.j2").render(
         name=folder.resolve().name,
         made=datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
-        headline=_headline(records, summary),
-        facts=_facts(folder, records, summary, scores),
-        figures=_figures(folder, records, scores),
+        headline=_headline(evaluations, summary),
+        facts=_facts(folder, records, evaluations, summary, scores),
+        figures=figures,
         configuration=_text(folder / "config.yaml"),
         environment=_environment(),
     )
     path = folder / "report.html"
-    fresh = folder / f".report.html.{os.getpid()}"
     try:
-        fresh.write_text(page, encoding="utf-8")
-        os.replace(fresh, path)
+        (folder / PLOTS).mkdir(exist_ok=True)
+        for figure in figures:
+            with atomic_write(folder / PLOTS / figure.file) as file:
+                file.write(figure.svg)
+        with atomic_write(path) as file:
+            file.write(page.encode())
     except OSError as error:
         raise RunError(f"cannot write {path}: {error.strerror}; check space and permissions") from None
     return path
 
 
-def _headline(records: Sequence[Record], summary: Record) -> list[tuple[str, str]]:
+def _headline(evaluations: Sequence[Record], summary: Record) -> list[tuple[str, str]]:
     """The few numbers that a reader looks for, as (what, value)."""
-    evaluations = [record for record in records if "eer" in record]
     tiles = []
     if evaluations:
         best = min(evaluations, key=_eer)
@@ -107,7 +121,9 @@ def _headline(records: Sequence[Record], summary: Record) -> list[tuple[str, str
     return tiles
 
 
-def _facts(folder: Path, records: Sequence[Record], summary: Record, scores: Scores | None) -> list[tuple[str, str]]:
+def _facts(
+    folder: Path, records: Sequence[Record], evaluations: Sequence[Record], summary: Record, scores: Scores | None
+) -> list[tuple[str, str]]:
     """The summary table, as (what, value)."""
     facts = [("run folder", str(folder))]
     trained = [record for record in records if "loss" in record]
@@ -115,7 +131,6 @@ def _facts(folder: Path, records: Sequence[Record], summary: Record, scores: Sco
         last = trained[-1]
         facts.append(("steps", f"{last['step']:,} (epoch {last['epoch']})"))
         facts.append(("last loss", f"{last['loss']:.4f} ({_parts(last)})"))
-    evaluations = [record for record in records if "eer" in record]
     if evaluations:
         first, best, last = evaluations[0], min(evaluations, key=_eer), evaluations[-1]
         if first["step"] == 0:
@@ -149,16 +164,24 @@ def _figures(folder: Path, records: Sequence[Record], scores: Scores | None) -> 
     figures = []
     if records:
         curves = plots.training_curves(records, picture="svg")
-        figures.append(Figure("Training", "What metrics.jsonl holds, over steps.", _data_uri(curves), "panels"))
+        figures.append(
+            Figure(
+                "Training",
+                "What metrics.jsonl and evaluations.jsonl hold, over steps.",
+                curves,
+                "training.svg",
+                "panels",
+            )
+        )
     if scores is None:
         return figures
     det = plots.det_plot({"": (scores.scores, scores.labels)}, picture="svg")
     text = "Misses against false alarms of the best model; the dot is the equal error rate."
-    figures.append(Figure("Detection error trade-off", text, _data_uri(det)))
+    figures.append(Figure("Detection error trade-off", text, det, "det.svg"))
     threshold = eer_threshold(scores.scores, scores.labels)
     histogram = plots.score_histogram(scores.scores, scores.labels, threshold=threshold, picture="svg")
     text = "The further apart the two hills, the better. Trials right of the threshold are accepted."
-    figures.append(Figure("Scores", text, _data_uri(histogram)))
+    figures.append(Figure("Scores", text, histogram, "scores.svg"))
     embeddings = folder / "evaluation" / "embeddings.npz"
     if embeddings.exists():
         names, values = _read_embeddings(embeddings)
@@ -166,7 +189,7 @@ def _figures(folder: Path, records: Sequence[Record], scores: Scores | None) -> 
         text = (
             "Embeddings of the validation utterances, a colour a speaker: voices the encoder never heard in training."
         )
-        figures.append(Figure("Map of held-out speakers", text, _data_uri(drawn), "map"))
+        figures.append(Figure("Map of held-out speakers", text, drawn, "speakers.svg", "map"))
     return figures
 
 

@@ -32,11 +32,18 @@ def main(arguments: list[str] | None = None) -> int:
 
         train(config, options.resume)
     except (CelError, RunError) as error:
-        # Every rank meets bad input; one line is enough.
-        if is_main or isinstance(error, RunError):
-            print(f"error: {error}", file=sys.stderr)  # noqa: T201
+        if _is_said_here(error):
+            print(f"error: {' '.join(str(error).split())}", file=sys.stderr)  # noqa: T201
         return 2 if isinstance(error, CelError) else 1
     return 0
+
+
+def _is_said_here(error: CelError | RunError) -> bool:
+    """Whether this rank is the one to print a failure: one line is enough, where several ranks meet it."""
+    if isinstance(error, CelError):
+        # Bad input is the same for all ranks of a node.
+        return os.environ.get("LOCAL_RANK", "0") == "0"
+    return error.said_by in (None, int(os.environ.get("RANK", "0")))
 
 
 if __name__ == "__main__":

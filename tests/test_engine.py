@@ -24,6 +24,17 @@ class SmallEncoder(nn.Module):
         return self.output(torch.tanh(self.hidden(features.flatten(1))))
 
 
+class NormalisedEncoder(nn.Module):
+    """Only batch norm, whose statistics depend on which rows a rank has."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm = nn.BatchNorm1d(MELS * FRAMES)
+
+    def forward(self, features):
+        return self.norm(features.flatten(1))
+
+
 def features():
     generator = torch.Generator().manual_seed(7)
     return torch.randn(STEPS, BATCH, VIEWS, MELS, FRAMES, generator=generator)
@@ -107,3 +118,37 @@ def test_bf16_changes_the_arithmetic_but_not_the_type_of_the_parameters(tmp_path
     assert losses[0] != pytest.approx(exact[0], rel=1e-6)
     assert all(tensor.dtype == "float32" for tensor in state.values())
     assert scalars["w"] != 10.0
+
+
+def normalised_objective(group):
+    return Objective(NormalisedEncoder(), EquilibriumLoss(similarity=SIMILARITY, group=group), "separate")
+
+
+def statistics_after_a_step():
+    import torch.distributed as dist
+
+    from cel_dist.engine import Engine, start_process_group, stop_process_group
+
+    world = World.from_environment()
+    device = start_process_group(world)
+    tree = {"data": {"shards": "none"}, "augment": {"profile": 0}, "train": {"batch_size": BATCH}}
+    engine = Engine(normalised_objective(dist.group.WORLD), parse_config(tree, "test"), world, device)
+    engine.backward(engine.forward(features()[0][world.rows(BATCH)]).loss)
+    engine.step(RATE)
+    buffers = {name: buffer.numpy().copy() for name, buffer in engine.objective.encoder.named_buffers()}
+    stop_process_group()
+    return buffers
+
+
+def test_batch_norm_statistics_are_the_mean_over_the_ranks(tmp_path):
+    alone = []
+    for rank in range(2):
+        module = normalised_objective(None)
+        module(features()[0][World(rank=rank, size=2).rows(BATCH)])
+        alone.append(dict(module.encoder.named_buffers()))
+    for buffers in run_world(2, statistics_after_a_step, folder=tmp_path):
+        for name in ("norm.running_mean", "norm.running_var"):
+            assert not torch.allclose(alone[0][name], alone[1][name])
+            expected = (alone[0][name] + alone[1][name]) / 2
+            torch.testing.assert_close(torch.from_numpy(buffers[name]), expected, rtol=1e-6, atol=1e-7)
+        assert buffers["norm.num_batches_tracked"] == VIEWS

@@ -16,13 +16,17 @@ SPEAKERS = ("anna", "bert", "carl")
 
 def record_run(folder: Path) -> None:
     """A run of 60 steps and its evaluation: 3 speakers of 4 utterances, and every pair of them a trial."""
-    records = [{"step": 0, "epoch": 0, "eer": 0.4012, "min_dcf": 0.99}]
+    records = []
     for step in range(10, 61, 10):
         loss = {"loss": 3 - step / 60, "similarity": 4.0, "uniformity": -1.0, "lr": 1e-3, "grad_norm": 2.0}
         records.append({"step": step, "epoch": step // 30, **loss, "utterances_per_second": 90.0})
-    records.append({"step": 30, "epoch": 1, "eer": 0.0521, "min_dcf": 0.31})
-    records.append({"step": 60, "epoch": 2, "eer": 0.0634, "min_dcf": 0.35})
     (folder / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    evaluations = [
+        {"step": 0, "epoch": 0, "eer": 0.4012, "min_dcf": 0.99},
+        {"step": 30, "epoch": 1, "eer": 0.0521, "min_dcf": 0.31},
+        {"step": 60, "epoch": 2, "eer": 0.0634, "min_dcf": 0.35},
+    ]
+    (folder / "evaluations.jsonl").write_text("".join(json.dumps(record) + "\n" for record in evaluations))
 
     evaluation = folder / "evaluation"
     evaluation.mkdir()
@@ -93,6 +97,16 @@ def test_the_report_is_one_file_with_all_pictures_inside(tmp_path: Path) -> None
     assert "<script" not in page.source
 
 
+def test_the_pictures_are_also_files_of_their_own(tmp_path: Path) -> None:
+    record_run(tmp_path)
+    write_report(tmp_path)
+    pictures = {path.name: path.read_text(encoding="utf-8") for path in (tmp_path / "plots").iterdir()}
+    assert set(pictures) == {"training.svg", "det.svg", "scores.svg", "speakers.svg"}
+    assert all("<svg" in picture for picture in pictures.values())
+    # The validation curve comes out of the evaluations.
+    assert "EER on validation trials" in pictures["training.svg"]
+
+
 def test_a_run_without_validation_has_curves_only(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_text('{"step": 10, "epoch": 0, "loss": 2.5}\n{"step": 20, "epoch": 0, "lo')
     page = Page(write_report(tmp_path))
@@ -122,6 +136,7 @@ def test_speakers_on_the_map_are_what_the_trials_say(tmp_path: Path) -> None:
     ("damage", "content", "message"),
     [
         ("metrics.jsonl", '{"step": 1, "epoch": 0}\nnonsense\n', r"metrics\.jsonl, line 2"),
+        ("evaluations.jsonl", "nonsense\n", r"evaluations\.jsonl, line 1"),
         ("summary.json", "{", r"summary\.json is not valid JSON"),
         ("evaluation/scores.txt", "1 a.wav b.wav\n", r"scores\.txt has lines that are not"),
         ("evaluation/embeddings.npz", "text", r"embeddings\.npz does not hold names and embeddings"),

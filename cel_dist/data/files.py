@@ -38,8 +38,12 @@ def leftovers(folder: Path) -> list[Path]:
 
 
 @contextmanager
-def sole_writer(folder: Path) -> Iterator[None]:
+def sole_writer(folder: Path, writer: str = "cel prepare") -> Iterator[None]:
     """Hold the folder's lock, so that two runs never write into it at once. The system frees it when the process ends.
+
+    Args:
+        folder: must exist.
+        writer: the command that writes it, for the message.
 
     Raises:
         RunError: another process holds the lock.
@@ -48,7 +52,7 @@ def sole_writer(folder: Path) -> Iterator[None]:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise RunError(f"another 'cel prepare' is writing {folder}; wait for it to end, then run again") from None
+            raise RunError(f"another '{writer}' is writing {folder}; wait for it to end, then run again") from None
         yield
 
 

@@ -54,7 +54,7 @@ def embed_files(
     """
     world = world or World()
     with raised_together(world):
-        sizes = _sizes(Path(root), files)
+        sizes = file_sizes(root, files)
     # Compressed bytes stand in for the length: reading every header would cost as much as it saves.
     order = np.argsort(-sizes, kind="stable")
     if world.size > 1:
@@ -139,15 +139,20 @@ def raised_together(world: World) -> Iterator[None]:
     for rank, outcome in enumerate(outcomes):
         if outcome is not None:
             is_input, message = outcome
-            raise CelError(message) if is_input else RunError(f"rank {rank} failed: {message}")
+            raise CelError(message) if is_input else RunError(f"rank {rank} failed: {message}", said_by=rank)
 
 
-def _sizes(root: Path, files: Sequence[str]) -> NDArray[np.int64]:
+def file_sizes(root: str | os.PathLike[str], files: Sequence[str]) -> NDArray[np.int64]:
+    """Bytes of each of `files` below `root`, int64 [N].
+
+    Raises:
+        CelError: files are missing; says how many, and the first.
+    """
     sizes = np.zeros(len(files), np.int64)
     missing = []
     for index, name in enumerate(files):
         try:
-            sizes[index] = (root / name).stat().st_size
+            sizes[index] = Path(root, name).stat().st_size
         except OSError:
             missing.append(name)
     if missing:

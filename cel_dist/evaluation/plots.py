@@ -120,8 +120,8 @@ def training_curves(records: Sequence[Mapping[str, Any]], *, picture: Format = "
     """Course of a training run: losses, validation EER, accuracy, learning rate, gradient norm and speed over steps.
 
     Args:
-        records: the objects of `metrics.jsonl`; each has `step`, and whichever of the measures were taken then. A panel
-            without a single value is left out.
+        records: the objects of `metrics.jsonl` and `evaluations.jsonl`; each has `step`, and whichever of the measures
+            were taken then. A panel without a single value is left out.
         picture: format of the result.
     """
     panels = [

@@ -1,11 +1,16 @@
-"""Encoder and loss as one module, so that one engine owns all parameters and the loss sees them whole (ZeRO-3)."""
+"""Encoder and loss as one module, so that one engine owns all parameters and the loss sees them whole (ZeRO-3), and
+the encoder that a run begins with."""
 
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
+from cel_dist.config import Config
+from cel_dist.description import EncoderDescription
+from cel_dist.encoders import build_encoder
 from cel_dist.losses import EquilibriumLoss, LossOutput
+from cel_dist.model import load_model, load_weights
 
 
 class Objective(nn.Module):
@@ -57,3 +62,28 @@ class Objective(nn.Module):
     def _compare(self, embeddings: Tensor, ids: Tensor | None) -> LossOutput:
         output: LossOutput = self.loss(embeddings, ids)
         return output
+
+
+def new_encoder(config: Config) -> nn.Module:
+    """The encoder of the configuration, with weights drawn from the seed: the same on all ranks.
+
+    Raises:
+        CelError: the encoder is unknown.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.train.seed)
+        return build_encoder(config.encoder.name, embedding_dim=config.encoder.embedding_dim)
+
+
+def initial_encoder(config: Config) -> nn.Module:
+    """The encoder with which a run starts: `new_encoder`, with the weights of `encoder.init` if that is set.
+
+    Raises:
+        CelError: the encoder is unknown, or `encoder.init` is no model or one of another encoder.
+    """
+    encoder = new_encoder(config)
+    if config.encoder.init:
+        description = EncoderDescription(name=config.encoder.name, embedding_dim=config.encoder.embedding_dim)
+        state = load_model(config.encoder.init, "cpu").encoder.state_dict()
+        load_weights(encoder, state, description, config.encoder.init)
+    return encoder

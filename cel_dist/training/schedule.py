@@ -2,7 +2,13 @@
 
 import math
 
-from cel_dist.config import OptimSection
+from cel_dist.config import Config, OptimSection
+
+
+def num_steps(config: Config, steps_per_epoch: int) -> int:
+    """Optimizer steps of the whole run."""
+    epochs_steps = config.train.epochs * steps_per_epoch
+    return min(epochs_steps, config.train.max_steps or epochs_steps)
 
 
 def learning_rate(config: OptimSection, *, step: int, steps_per_epoch: int, total_steps: int) -> float:

@@ -1,11 +1,11 @@
 """The training loop."""
 
-import json
 import logging
 import math
 import os
 import time
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import Literal
@@ -16,52 +16,31 @@ from torch import Tensor
 
 from cel_dist.config import Config, dump_config
 from cel_dist.data.augment import Augment
-from cel_dist.data.bank import Bank
-from cel_dist.data.plan import Plan
-from cel_dist.data.shards import ShardFolder
+from cel_dist.data.files import atomic_write, sole_writer
 from cel_dist.data.stream import SegmentBatch, SegmentStream
 from cel_dist.description import EncoderDescription, ModelDescription, Provenance
 from cel_dist.distributed import World
-from cel_dist.encoders import build_encoder
+from cel_dist.encoders.batch_norm import with_global_batch_norm
 from cel_dist.engine import Engine, start_process_group, stop_process_group
 from cel_dist.errors import CelError, RunError
 from cel_dist.evaluation import Evaluation, evaluate
+from cel_dist.evaluation.embed import raised_together
 from cel_dist.features import LogMel
 from cel_dist.losses import EquilibriumLoss
-from cel_dist.model import SpeakerModel, load_model, load_weights
+from cel_dist.model import SpeakerModel
 from cel_dist.tracking import Tracker
-from cel_dist.training import SUMMARY
-from cel_dist.training.checkpoint import CheckpointStore, TrainState
-from cel_dist.training.objective import Objective
-from cel_dist.training.records import Interval, Records
-from cel_dist.training.schedule import learning_rate
+from cel_dist.training.checkpoint import CheckpointStore
+from cel_dist.training.false_negatives import FalseNegatives
+from cel_dist.training.objective import Objective, initial_encoder, new_encoder
+from cel_dist.training.preflight import Checked, preflight
+from cel_dist.training.records import Interval, Records, writing
+from cel_dist.training.result import TrainResult
+from cel_dist.training.schedule import learning_rate, num_steps
+from cel_dist.training.start import Start, find_start, signature
+
+__all__ = ["TrainResult", "Trainer", "initial_encoder", "train"]
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass
-class TrainResult:
-    """Outcome of a run.
-
-    Attributes:
-        run_dir: folder of the run.
-        steps: optimizer steps taken in all, over every resumption.
-        eer: lowest validation EER, a fraction; None without a validation list.
-        eer_before: validation EER of the untrained encoder.
-        seconds: wall-clock time of this process's part, evaluation included.
-        utterances_per_second: utterances trained on per second of training steps, over this process's part.
-        model_uri: where MLflow has the best encoder.
-        report: the HTML report.
-    """
-
-    run_dir: str
-    steps: int
-    eer: float | None
-    eer_before: float | None
-    seconds: float
-    utterances_per_second: float | None
-    model_uri: str | None
-    report: str
 
 
 def train(config: Config, resume: str = "auto") -> TrainResult:
@@ -70,62 +49,64 @@ def train(config: Config, resume: str = "auto") -> TrainResult:
     Args:
         config: the run.
         resume: `auto` continues from the newest complete checkpoint of the run folder, if there is one; `none` starts
-            from nothing and refuses a folder that holds a run; else the path of a checkpoint.
+            from nothing and refuses a folder that holds a run; else the path of a checkpoint, of this run or of
+            another one that a new run begins with.
+
+    Returns:
+        The outcome; of a run that had already reached its end, the stored one.
 
     Raises:
-        CelError: configuration, data and world do not fit each other.
-        RunError: something failed on the way.
+        CelError: configuration, data, checkpoint and world do not fit each other.
+        RunError: something failed on the way, or another process writes the run folder.
     """
     world = World.from_environment()
-    world.rows(config.train.batch_size)
-    torch.set_num_threads(config.train.threads or max(1, (os.cpu_count() or 1) // world.local_size))
+    checked = preflight(config, world.size, resume)
+    if checked.start.result is not None:
+        logger.info("%s", checked.start.result.nothing_to_do())
+        return checked.start.result
+    torch.set_num_threads(config.train.threads or max(1, _num_cores() // world.local_size))
     device = start_process_group(world)
     try:
-        return Trainer(config, world, device, resume).train()
+        with _sole_run(config.run.dir, world):
+            return Trainer(config, world, device, resume, checked).train()
     finally:
         stop_process_group()
 
 
-def initial_encoder(config: Config) -> torch.nn.Module:
-    """The encoder with which a run starts: drawn from the seed, the same on all ranks, or taken from `encoder.init`.
+@contextmanager
+def _sole_run(run_dir: Path, world: World) -> Iterator[None]:
+    """Make the run folder, and hold it against other runs."""
+    with ExitStack() as held:
+        with raised_together(world), writing(run_dir):
+            if world.is_main:
+                run_dir.mkdir(parents=True, exist_ok=True)
+                held.enter_context(sole_writer(run_dir, "cel train"))
+        yield
 
-    Raises:
-        CelError: the encoder is unknown, or `encoder.init` is no model or one of another encoder.
-    """
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(config.train.seed)
-        encoder = build_encoder(config.encoder.name, embedding_dim=config.encoder.embedding_dim)
-    if config.encoder.init:
-        description = EncoderDescription(name=config.encoder.name, embedding_dim=config.encoder.embedding_dim)
-        load_weights(
-            encoder, load_model(config.encoder.init, "cpu").encoder.state_dict(), description, config.encoder.init
-        )
-    return encoder
+
+def _num_cores() -> int:
+    """Cores that this process may use: in a container or a batch job, often not all that the machine has."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 class Trainer:
     """One rank's part of a run: everything is built here, then `train` runs the loop."""
 
-    def __init__(self, config: Config, world: World, device: torch.device, resume: str) -> None:
+    def __init__(self, config: Config, world: World, device: torch.device, resume: str, checked: Checked) -> None:
         self.config, self.world, self.device = config, world, device
         self.run_dir = config.run.dir
         self.config_text = dump_config(config)
         self.rows = world.rows(config.train.batch_size)
 
-        shards = ShardFolder.open(config.data.shards)
-        self.plan = Plan(
-            shards.index.samples,
-            segment_samples=config.segment_samples,
-            batch_size=config.train.batch_size,
-            short=config.data.short,
-            seed=config.train.seed,
-        )
-        bank = Bank.open(config.data.bank) if config.data.bank else None
-        self.stream = SegmentStream(shards, self.plan, self.rows, config.data.workers)
-        self.augment = Augment(config.augment, bank, config.train.seed)
+        self.plan = checked.plan
+        self.stream = SegmentStream(checked.shards, self.plan, self.rows, config.data.workers)
+        self.false_negatives = FalseNegatives(checked.shards.index.speaker, self.plan.usable, config.data.num_speakers)
+        self.augment = Augment(config.augment, checked.bank, config.train.seed)
         self.features = LogMel().to(device)
-
-        encoder = initial_encoder(config)
+        with raised_together(world):
+            # Again, because another run may have written into the folder before this one held it.
+            start = find_start(config, steps_per_epoch=self.plan.steps_per_epoch, num_ranks=world.size, resume=resume)
+            encoder = initial_encoder(config) if start.checkpoint is None else new_encoder(config)
         loss = EquilibriumLoss(
             similarity=config.loss.similarity,
             pairs=config.loss.pairs,
@@ -133,30 +114,45 @@ class Trainer:
             lambda_s=config.loss.lambda_s,
             lambda_u=config.loss.lambda_u,
             group=torch.distributed.group.WORLD,
+            exchange=config.loss.exchange,
+            matmul=config.loss.matmul,
         )
+        if config.encoder.batch_norm == "global":
+            encoder = with_global_batch_norm(encoder, torch.distributed.group.WORLD, on_gpu=device.type == "cuda")
         self.engine = Engine(Objective(encoder, loss, config.encoder.views), config, world, device)
-        self.evaluated = build_encoder(config.encoder.name, embedding_dim=config.encoder.embedding_dim).to(device)
+        self.evaluated = new_encoder(config).to(device)
 
-        epochs_steps = config.train.epochs * self.plan.steps_per_epoch
-        self.total_steps = min(epochs_steps, config.train.max_steps or epochs_steps)
+        self.total_steps = num_steps(config, self.plan.steps_per_epoch)
+        self.state = start.state
         self.checkpoints = CheckpointStore(
-            self.run_dir / "checkpoints", world, config.checkpoint.keep_last, self._signature()
+            self.run_dir / "checkpoints",
+            world,
+            config.checkpoint.keep_last,
+            signature(config, steps_per_epoch=self.plan.steps_per_epoch, num_ranks=world.size),
+            self.config_text,
         )
-        self.state = self._resume(resume)
+        if start.checkpoint is not None:
+            self.engine.load(start.checkpoint)
+            epoch, step = divmod(self.state.step, self.plan.steps_per_epoch)
+            self.stream.load_state_dict({"epoch": epoch, "step": step})
+        self.checkpoints.retire_after(self.state.step)
         self.records: Records | None = None
         self.tracker: Tracker | None = None
-        if world.is_main:
-            self._open_records()
+        with raised_together(world):
+            if world.is_main:
+                self._open_records()
+                self._announce(start)
 
     def train(self) -> TrainResult:
         """Run the loop to its end."""
         begin = time.perf_counter()
-        self._announce()
         first_step, step_seconds = self.state.step, 0.0
         status: Literal["FINISHED", "FAILED", "KILLED"] = "FAILED"
         try:
-            if self.state.step == 0 and self.config.eval.at_start:
+            if self._is_evaluation_missing():
                 self._validate()
+                if self.state.step > 0:
+                    self._save_checkpoint()
             interval = Interval()
             while self.state.step < self.total_steps:
                 step_begin = time.perf_counter()
@@ -165,9 +161,15 @@ class Trainer:
                 if self.state.step % self.config.train.log_every == 0 or self.state.step == self.total_steps:
                     self._record_interval(interval)
                     interval = Interval()
-                improved = self._is_evaluation_due() and self._validate()
-                if improved or self._is_checkpoint_due():
+                # The checkpoint comes first: a validation that fails must not cost what was trained.
+                if is_saved := self._is_checkpoint_due():
                     self._save_checkpoint()
+                if self._is_evaluation_due():
+                    improved = self._validate()
+                    if is_saved:
+                        self.checkpoints.update(self.state)
+                    elif improved:
+                        self._save_checkpoint()
             trained = (self.state.step - first_step) * self.config.train.batch_size
             speed = trained / step_seconds if trained else None
             result = self._finish(time.perf_counter() - begin, speed)
@@ -183,12 +185,16 @@ class Trainer:
 
     def train_step(self, interval: Interval) -> None:
         """Fetch, augment, forward and backward, check, update."""
-        waiting = time.perf_counter()
-        batch = next(self.stream)
-        waited = time.perf_counter() - waiting
+        with raised_together(self.world):
+            waiting = time.perf_counter()
+            batch = next(self.stream)
+            waited = time.perf_counter() - waiting
 
-        output = self.engine.forward(self._features(batch))
-        self.engine.backward(output.loss)
+        try:
+            output = self.engine.forward_backward(self._features(batch), batch.ids.to(self.device))
+        except CelError as error:
+            # Embeddings of no use, on any rank; all ranks hear of them alike.
+            raise self._stopped(batch, str(error)) from None
         gradient_norm = self.engine.gradient_norm()
         self._check_finite(output.loss, gradient_norm, batch)
         self.engine.step(
@@ -200,7 +206,19 @@ class Trainer:
             )
         )
         self.state.step += 1
-        interval.add(output, gradient_norm, utterances=self.config.train.batch_size, waited=waited)
+        interval.add(
+            output,
+            gradient_norm,
+            utterances=self.config.train.batch_size,
+            waited=waited,
+            false_negatives=self._false_negatives(batch),
+        )
+
+    def _false_negatives(self, batch: SegmentBatch) -> float | None:
+        """True rate in the global batch, where speakers are known; only the process that records it needs it."""
+        if not self.world.is_main:
+            return None
+        return self.false_negatives.rate(self.plan.batch(batch.epoch, batch.step).ids)
 
     @torch.no_grad()
     def _features(self, batch: SegmentBatch) -> Tensor:
@@ -212,51 +230,79 @@ class Trainer:
         return features.reshape(*waves.shape[:2], *features.shape[1:])
 
     def _check_finite(self, loss: Tensor, gradient_norm: Tensor, batch: SegmentBatch) -> None:
-        # Both are the same on all ranks, so all of them stop, before the optimizer is touched.
-        values = loss.item(), gradient_norm.item()
-        if all(map(math.isfinite, values)):
+        """Stop all ranks, before the optimizer is touched, if the loss or the gradient of one of them is not finite."""
+        values = torch.stack([loss.detach().double(), gradient_norm.double()])
+        # A sum is finite only where every term is.
+        torch.distributed.all_reduce(values)
+        mean_loss, mean_norm = (values / self.world.size).tolist()
+        if math.isfinite(mean_loss) and math.isfinite(mean_norm):
             return
-        last = self.checkpoints.complete()
-        advice = f"the last good state is {last[-1]}" if last else "no checkpoint was written yet"
-        raise RunError(
-            f"step {self.state.step + 1} (epoch {batch.epoch}): loss {values[0]}, gradient norm {values[1]}; "
-            f"nothing was updated and {advice}; lower optim.lr, set optim.clip_norm, or use train.precision=fp32"
+        raise self._stopped(batch, f"loss {mean_loss}, gradient norm {mean_norm}")
+
+    def _stopped(self, batch: SegmentBatch, reason: str) -> RunError:
+        last = self.checkpoints.last()
+        advice = (
+            f"the last good state is {last}; go on from it in another run.dir, with --resume {last} and"
+            if last
+            else "no checkpoint was written yet; start again with"
+        )
+        return RunError(
+            f"step {self.state.step + 1} (epoch {batch.epoch}): {reason}; nothing was updated and {advice} a lower "
+            "optim.lr, optim.clip_norm, or train.precision=fp32",
+            said_by=0,
         )
 
     def _is_evaluation_due(self) -> bool:
         epoch_ends = self.state.step % (self.config.eval.every_epochs * self.plan.steps_per_epoch) == 0
-        return epoch_ends or self.state.step == self.total_steps
+        # Beyond the end is a run whose train.max_steps was lowered.
+        return epoch_ends or self.state.step >= self.total_steps
 
     def _is_checkpoint_due(self) -> bool:
         return self.state.step % self.config.checkpoint.every_steps == 0 or self.state.step == self.total_steps
 
+    def _is_evaluation_missing(self) -> bool:
+        """Whether the step that the run begins with was still to be evaluated."""
+        if self.state.step == 0:
+            return self.config.eval.at_start and self.config.eval.trials is not None
+        return self._is_evaluation_due() and self.state.evaluated_step != self.state.step
+
     def _validate(self) -> bool:
-        """Evaluate on the validation list; returns whether this is the best model so far."""
-        model = self._model()
+        """Evaluate on the validation list; returns whether this is the best model so far.
+
+        Without a list the last model is the best, and nothing is measured.
+        """
         if self.config.eval.trials is None or self.config.eval.root is None:
-            if self.world.is_main and self.state.step == self.total_steps:
-                model.save(self.run_dir / "model")
+            if self.state.step >= self.total_steps:
+                self._save_best(self._model(), None)
             return False
+        model = self._model()
         result = evaluate(model, self.config.eval.trials, self.config.eval.root, world=self.world)
+        self.state.evaluated_step = self.state.step
         if self.state.step == 0:
             self.state.first_eer = result.eer
-        elif self.state.best_eer is not None and result.eer >= self.state.best_eer:
-            self._record({"eer": result.eer, "min_dcf": result.min_dcf["0.05"]})
-            return False
-        self.state.best_eer, self.state.best_step = result.eer, self.state.step
-        self._record({"eer": result.eer, "min_dcf": result.min_dcf["0.05"]})
-        if self.world.is_main:
+        is_best = self.state.best_eer is None or result.eer < self.state.best_eer
+        if is_best:
+            self.state.best_eer, self.state.best_step = result.eer, self.state.step
             self._save_best(model, result)
-        return self.state.step > 0
+        with raised_together(self.world):
+            if self.records:
+                self.records.write_evaluation(
+                    step=self.state.step, epoch=self._epoch(), eer=result.eer, min_dcf=result.min_dcf["0.05"]
+                )
+        return is_best and self.state.step > 0
 
-    def _save_best(self, model: SpeakerModel, result: Evaluation) -> None:
-        best = model.calibrate(result.threshold, result.calibration)
-        best.description.training.metrics = {"eer": result.eer, "min_dcf": result.min_dcf["0.05"]}
-        best.save(self.run_dir / "model")
-        result.write_scores(self.run_dir / "evaluation")
+    def _save_best(self, model: SpeakerModel, result: Evaluation | None) -> None:
+        with raised_together(self.world):
+            if not self.world.is_main:
+                return
+            if result is not None:
+                result.write_scores(self.run_dir / "evaluation")
+                model = model.calibrate(result.threshold, result.calibration)
+                model.description.training.metrics = {"eer": result.eer, "min_dcf": result.min_dcf["0.05"]}
+            model.save(self.run_dir / "model")
 
     def _save_checkpoint(self) -> None:
-        self.checkpoints.save(self.engine, self._model(), self.state, self.config_text)
+        self.checkpoints.save(self.engine, self._model(), self.state)
 
     def _model(self) -> SpeakerModel:
         """A plain copy of the encoder as it is now, on every rank."""
@@ -273,9 +319,8 @@ class Trainer:
         )
         return SpeakerModel(self.evaluated, description)
 
-    def _record(self, values: dict[str, float]) -> None:
-        if self.records:
-            self.records.write(step=self.state.step, epoch=self.state.step // self.plan.steps_per_epoch, values=values)
+    def _epoch(self) -> int:
+        return self.state.step // self.plan.steps_per_epoch
 
     def _record_interval(self, interval: Interval) -> None:
         scalars = self.engine.loss_scalars()
@@ -285,53 +330,24 @@ class Trainer:
             steps_per_epoch=self.plan.steps_per_epoch,
             total_steps=self.total_steps,
         )
-        self._record({**interval.summary(), **scalars, "lr": rate})
-
-    def _signature(self) -> dict[str, object]:
-        config = self.config
-        signature: dict[str, object] = {
-            "encoder.name": config.encoder.name,
-            "encoder.embedding_dim": config.encoder.embedding_dim,
-            "loss.similarity": config.loss.similarity,
-            "engine.zero_stage": config.engine.zero_stage,
-            "train.batch_size": config.train.batch_size,
-            "steps per epoch": self.plan.steps_per_epoch,
-        }
-        if config.engine.zero_stage > 0:
-            signature["number of ranks"] = self.world.size
-        return signature
-
-    def _resume(self, resume: str) -> TrainState:
-        complete = self.checkpoints.complete()
-        if resume == "none":
-            if complete:
-                raise CelError(
-                    f"{self.run_dir} already holds a run (up to {complete[-1].name}); choose another run.dir, or "
-                    "continue it with --resume auto"
-                )
-            return TrainState()
-        if resume != "auto":
-            checkpoint = Path(resume)
-        elif complete:
-            checkpoint = complete[-1]
-        else:
-            return TrainState()
-        state = self.checkpoints.load(self.engine, checkpoint)
-        epoch, step = divmod(state.step, self.plan.steps_per_epoch)
-        self.stream.load_state_dict({"epoch": epoch, "step": step})
-        return state
+        with raised_together(self.world):
+            if self.records:
+                values = {**interval.summary(), **scalars, "lr": rate}
+                if self.false_negatives.expected is not None:
+                    values["false_negatives_expected"] = self.false_negatives.expected
+                self.records.write_interval(step=self.state.step, epoch=self._epoch(), values=values)
 
     def _open_records(self) -> None:
-        self.run_dir.mkdir(parents=True, exist_ok=True)
-        (self.run_dir / "config.yaml").write_text(self.config_text, encoding="utf-8")
+        with writing(self.run_dir), atomic_write(self.run_dir / "config.yaml") as file:
+            file.write(self.config_text.encode())
         self.tracker = Tracker.start(self.config, self.run_dir)
         self.tracker.log_params(self.config)
         self.tracker.log_artifact(self.run_dir / "config.yaml")
-        self.records = Records(self.run_dir, self.tracker, self.state.step)
+        self.records = Records(self.run_dir, self.tracker, self.state)
 
-    def _announce(self) -> None:
-        if not self.world.is_main:
-            return
+    def _announce(self, start: Start) -> None:
+        for remark in start.remarks:
+            logger.warning("%s", remark)
         logger.info(
             "%d utterances (%d shorter than two segments, %d of them left out: data.short=%s), %d steps an epoch, "
             "%d ranks x %d utterances on %s, from step %d to %d",
@@ -358,14 +374,32 @@ class Trainer:
             model_uri=None,
             report=str(self.run_dir / "report.html"),
         )
-        if self.world.is_main and self.tracker:
-            # Plots and templates take a second to import, which the start of a run need not wait for.
-            from cel_dist.report import write_report
+        with raised_together(self.world):
+            if self.world.is_main and self.tracker:
+                self._conclude(result, self.tracker)
+        return result
 
-            sample = 0.1 * np.random.default_rng(0).standard_normal(self.config.segment_samples)
-            result.model_uri = self.tracker.log_model(
+    def _conclude(self, result: TrainResult, tracker: Tracker) -> None:
+        """Summary and report come before MLflow is asked to take the model: a failure there leaves the run whole."""
+        # Plots and templates take a second to import, which the start of a run need not wait for.
+        from cel_dist.report import PLOTS
+
+        report = self._write_outcome(result)
+        sample = 0.1 * np.random.default_rng(0).standard_normal(self.config.segment_samples)
+        try:
+            result.model_uri = tracker.log_model(
                 self.run_dir / "model", sample.astype(np.float32), self.config.tracking.register_as
             )
-            (self.run_dir / SUMMARY).write_text(json.dumps(asdict(result), indent=2), encoding="utf-8")
-            self.tracker.log_artifact(write_report(self.run_dir))
-        return result
+        except (CelError, RunError) as error:
+            logger.warning("%s", error)
+        if result.model_uri:
+            report = self._write_outcome(result)
+        tracker.log_artifact(report)
+        tracker.log_artifact(self.run_dir / PLOTS)
+
+    def _write_outcome(self, result: TrainResult) -> Path:
+        from cel_dist.report import write_report
+
+        with writing(self.run_dir):
+            result.write(self.run_dir)
+        return write_report(self.run_dir)

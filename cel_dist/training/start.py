@@ -1,0 +1,165 @@
+"""Where a run begins: from nothing, or from a checkpoint of the same experiment, and what of it still holds.
+
+A run folder holds one experiment. Going on in it with other settings would give numbers that belong to none, so only
+settings that leave the model alone may change on the way.
+"""
+
+import logging
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from cel_dist.config import Config
+from cel_dist.description import DESCRIPTION_FILE, read_description
+from cel_dist.errors import CelError
+from cel_dist.training.checkpoint import SavedRun, TrainState, complete_checkpoints, read_checkpoint
+from cel_dist.training.result import TrainResult
+from cel_dist.training.schedule import num_steps
+
+logger = logging.getLogger(__name__)
+
+# Settings, or whole sections, that a run may change when it goes on.
+_FREE = (
+    "checkpoint",
+    "data.num_speakers",
+    "data.workers",
+    "eval",
+    "loss.exchange",
+    "run",
+    "tracking",
+    "train.epochs",
+    "train.log_every",
+    "train.max_steps",
+    "train.threads",
+)
+# Without these a checkpoint cannot be read, or its position means nothing, in whatever run.
+_FIXED = ("encoder.name", "encoder.embedding_dim", "engine.zero_stage", "loss.similarity", "train.batch_size")
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where a run begins.
+
+    Attributes:
+        state: position.
+        checkpoint: what to load; None begins with the initial encoder.
+        result: outcome of a run that has already reached its end, else None.
+        remarks: what a user should know about the continuation.
+    """
+
+    state: TrainState = field(default_factory=TrainState)
+    checkpoint: Path | None = None
+    result: TrainResult | None = None
+    remarks: tuple[str, ...] = ()
+
+
+def signature(config: Config, *, steps_per_epoch: int, num_ranks: int | None) -> dict[str, Any]:
+    """What a checkpoint depends on besides the configuration. Without `num_ranks` it is not known, and left out."""
+    values: dict[str, Any] = {"steps per epoch": steps_per_epoch}
+    if config.engine.zero_stage > 0 and num_ranks is not None:
+        values["number of ranks"] = num_ranks
+    return values
+
+
+def find_start(config: Config, *, steps_per_epoch: int, num_ranks: int | None, resume: str) -> Start:
+    """Decide where the run begins; changes nothing.
+
+    Args:
+        config: the run.
+        steps_per_epoch: of its data.
+        num_ranks: processes of the run; None if that is not known yet.
+        resume: as in `cel_dist.training.trainer.train`.
+
+    Raises:
+        CelError: the checkpoint is incomplete or does not fit the run, or the run folder holds another run.
+    """
+    own = config.run.dir / "checkpoints"
+    complete = complete_checkpoints(own)
+    if resume == "none" and complete:
+        raise CelError(
+            f"{config.run.dir} already holds a run (up to {complete[-1].name}); choose another run.dir, or continue it "
+            "with --resume auto"
+        )
+    if resume == "none" or (resume == "auto" and not complete):
+        return Start()
+    checkpoint = complete[-1] if resume == "auto" else Path(resume)
+    saved = read_checkpoint(checkpoint)
+    is_own = checkpoint.resolve() in [path.resolve() for path in complete]
+    if complete and not is_own:
+        raise CelError(
+            f"{config.run.dir} already holds a run (up to {complete[-1].name}), which cannot go on from {checkpoint}; "
+            "choose another run.dir, or continue it with --resume auto"
+        )
+    wanted = signature(config, steps_per_epoch=steps_per_epoch, num_ranks=num_ranks)
+    changed = _changed_settings(saved.config, config)
+    changed |= {key: (saved.signature.get(key), value) for key, value in wanted.items()}
+    changed = {key: (former, now) for key, (former, now) in changed.items() if former != now}
+    remarks = _require_same_experiment(checkpoint, changed, list(wanted), is_own=is_own)
+    total, former_total = num_steps(config, steps_per_epoch), num_steps(saved.config, steps_per_epoch)
+    if config.optim.schedule == "cosine" and total != former_total:
+        remarks.append(
+            f"the cosine schedule now ends at step {total} instead of {former_total}: the learning rate leaves its "
+            f"former curve at step {saved.state.step}"
+        )
+    state = _what_still_holds(saved, config, is_own=is_own)
+    result = TrainResult.read(config.run.dir) if is_own and checkpoint == complete[-1] else None
+    if result and not (result.steps == saved.state.step >= total):
+        result = None
+    return Start(state, checkpoint, result, tuple(remarks))
+
+
+def _require_same_experiment(
+    checkpoint: Path, changed: Mapping[str, tuple[Any, Any]], signed: list[str], *, is_own: bool
+) -> list[str]:
+    """Refuse what must not have changed; what another run may do in another way becomes a remark."""
+    fixed = [key for key in changed if key in _FIXED or key in signed]
+    if not changed or not (fixed or is_own):
+        return [f"{key} is now {now}, up to {checkpoint} it was {former}" for key, (former, now) in changed.items()]
+    remedy = (
+        "start a new run in another run.dir (encoder.init takes a trained encoder over)"
+        if fixed
+        else f"go on with other settings in another run.dir, with --resume {checkpoint}"
+    )
+    named = changed if is_own else {key: changed[key] for key in fixed}
+    before = ", ".join(f"{key}={former}" for key, (former, _) in named.items())
+    after = ", ".join(f"{key}={now}" for key, (_, now) in named.items())
+    raise CelError(
+        f"checkpoint {checkpoint} was written with {before}, this run has {after}; take the former values, or {remedy}"
+    )
+
+
+def _what_still_holds(saved: SavedRun, config: Config, *, is_own: bool) -> TrainState:
+    """The position without what belongs to another run, another validation list, or a model that is not there."""
+    state = saved.state
+    same_list = (saved.config.eval.trials, saved.config.eval.root) == (config.eval.trials, config.eval.root)
+    if not (is_own and same_list):
+        return TrainState(step=state.step)
+    if state.best_step is not None and _step_of_model(config.run.dir / "model") != state.best_step:
+        return replace(state, best_eer=None, best_step=None, evaluated_step=None)
+    return state
+
+
+def _step_of_model(folder: Path) -> int | None:
+    try:
+        return read_description(folder / DESCRIPTION_FILE).training.step
+    except CelError:
+        return None
+
+
+def _changed_settings(former: Config, now: Config) -> dict[str, tuple[Any, Any]]:
+    before = dict(_flatten(former.model_dump(mode="json")))
+    after = dict(_flatten(now.model_dump(mode="json")))
+    return {
+        key: (before.get(key), value)
+        for key, value in after.items()
+        if before.get(key) != value and not any(key == free or key.startswith(f"{free}.") for free in _FREE)
+    }
+
+
+def _flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in tree.items():
+        if isinstance(value, Mapping):
+            yield from _flatten(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name, value

@@ -1,0 +1,225 @@
+"""Going on with a run: what must be the same, what may change, and what of the earlier part still holds."""
+
+import functools
+import json
+import shutil
+import subprocess
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from training_runs import CEL, ENVIRONMENT, losses, records, train_job, write_config
+from worlds import run_world
+
+from cel_dist.config import Config, load_config
+from cel_dist.errors import CelError
+from cel_dist.model import load_model
+from cel_dist.tracking import Tracker
+from cel_dist.training.checkpoint import TrainState
+from cel_dist.training.records import Records
+from cel_dist.training.start import Start, find_start
+from cel_dist.training.trainer import train
+
+
+@pytest.fixture(scope="module")
+def finished(small_corpus, tmp_path_factory) -> Path:
+    """The configuration file of a run of four steps with a checkpoint at each, evaluated before and after."""
+    folder = tmp_path_factory.mktemp("finished")
+    file = write_config(
+        small_corpus,
+        folder,
+        train={"max_steps": 4},
+        checkpoint={"every_steps": 1, "keep_last": 4},
+        eval={"trials": str(small_corpus.trials), "root": str(small_corpus.audio)},
+    )
+    assert run_world(1, train_job, file, folder=folder / "world")[0]["steps"] == 4
+    return file
+
+
+@pytest.fixture
+def run(finished: Path, tmp_path: Path) -> tuple[Path, str]:
+    """A copy of the finished run, and the override that names it."""
+    shutil.copytree(finished.parent / "run", tmp_path / "run")
+    return tmp_path / "run", f"run.dir={tmp_path / 'run'}"
+
+
+def start_of(config: Config, resume: str = "auto") -> Start:
+    return find_start(config, steps_per_epoch=5, num_ranks=1, resume=resume)
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize(
+    ("override", "before", "after"),
+    [
+        ("loss.pairs=an", "loss.pairs=pon", "loss.pairs=an"),
+        ("loss.t=3.0", "loss.t=2.0", "loss.t=3.0"),
+        ("loss.lambda_u=0.5", "loss.lambda_u=1.0", "loss.lambda_u=0.5"),
+        ("loss.similarity=prototypical", "loss.similarity=angular_prototypical", "loss.similarity=prototypical"),
+        ("augment.profile=1", "augment.profile=3", "augment.profile=1"),
+        ("augment.noise_snr_db=[1, 2]", "augment.noise_snr_db=[0.0, 15.0]", "augment.noise_snr_db=[1.0, 2.0]"),
+        ("encoder.views=joint", "encoder.views=separate", "encoder.views=joint"),
+        ("encoder.init=models:/cel/1", "encoder.init=None", "encoder.init=models:/cel/1"),
+        ("encoder.embedding_dim=64", "encoder.embedding_dim=512", "encoder.embedding_dim=64"),
+        ("train.seed=1", "train.seed=0", "train.seed=1"),
+        ("train.batch_size=4", "train.batch_size=8", "train.batch_size=4"),
+        ("train.precision=bf16", "train.precision=fp32", "train.precision=bf16"),
+        ("data.shards=other", "data.shards=", "data.shards=other"),
+        ("data.short=repeat", "data.short=drop", "data.short=repeat"),
+        ("optim.lr=0.5", "optim.lr=0.001", "optim.lr=0.5"),
+        ("engine.zero_stage=2", "engine.zero_stage=0", "engine.zero_stage=2"),
+    ],
+)
+def test_another_experiment_does_not_go_on_in_the_same_folder(finished, override, before, after):
+    with pytest.raises(CelError, match=r"was written with .*, this run has .*another run.dir") as caught:
+        start_of(load_config(finished, [override]))
+    former, now = str(caught.value).split("this run has")
+    assert before in former
+    assert after in now
+    assert "\n" not in str(caught.value)
+
+
+def test_all_changed_settings_are_named_and_other_data_is_noticed(finished):
+    with pytest.raises(CelError, match=r"with loss\.t=2\.0, optim\.lr=0\.001, this run has loss\.t=3\.0, optim\.lr=1"):
+        start_of(load_config(finished, ["optim.lr=1", "loss.t=3"]))
+    with pytest.raises(CelError, match="steps per epoch=5, this run has steps per epoch=6"):
+        find_start(load_config(finished), steps_per_epoch=6, num_ranks=1, resume="auto")
+
+
+def test_length_reports_and_places_may_change(finished):
+    free = ["train.max_steps=9", "train.epochs=7", "train.log_every=3", "train.threads=2", "data.workers=1"]
+    free += ["checkpoint.every_steps=7", "tracking.experiment=other", "eval.every_epochs=2", "run.name=other"]
+    start = start_of(load_config(finished, free))
+    assert (start.state.step, start.result, start.remarks) == (4, None, ())
+
+
+def test_a_new_end_of_the_cosine_schedule_is_remarked(small_corpus, finished, run):
+    folder, override = run
+    for checkpoint in (folder / "checkpoints").iterdir():
+        text = (checkpoint / "config.yaml").read_text()
+        (checkpoint / "config.yaml").write_text(text.replace("schedule: step", "schedule: cosine"))
+    settings = [override, "optim.schedule=cosine"]
+    assert start_of(load_config(finished, settings)).remarks == ()
+    (remark,) = start_of(load_config(finished, [*settings, "train.max_steps=5"])).remarks
+    assert "now ends at step 5 instead of 4" in remark
+
+
+def test_a_finished_run_is_left_as_it_is(finished, run):
+    folder, override = run
+    before = content(folder)
+    summary = json.loads(before["summary.json"])
+    command = [*CEL, "train", str(finished), override, "--nproc", "2", "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert json.loads(done.stdout) == summary
+    assert done.stderr.startswith("nothing to do: ")
+    result = train(load_config(finished, [override, "train.max_steps=3", "train.log_every=9"]))
+    assert (result.steps, result.eer) == (4, summary["eer"])
+    assert content(folder) == before
+
+
+def test_a_folder_with_a_run_is_not_overwritten(finished, run, tmp_path):
+    config = load_config(finished, [run[1]])
+    with pytest.raises(CelError, match="already holds a run"):
+        start_of(config, "none")
+    with pytest.raises(CelError, match="is no complete checkpoint"):
+        start_of(config, str(tmp_path / "nowhere"))
+    with pytest.raises(CelError, match=r"already holds a run .* cannot go on from"):
+        start_of(config, str(finished.parent / "run" / "checkpoints" / "step-00000002"))
+
+
+@pytest.mark.parametrize("record", ["{}", '{"state": {"step": 4}}', '{"state": {"stride": 4}, "signature": {}}', "[]"])
+def test_a_damaged_state_of_a_checkpoint_is_named(finished, run, record):
+    folder, override = run
+    (folder / "checkpoints" / "step-00000004" / "state.json").write_text(record)
+    with pytest.raises(CelError, match=r"step-00000004/state\.json is damaged"):
+        start_of(load_config(finished, [override]))
+
+
+def test_the_best_model_counts_only_while_it_is_there_and_of_the_same_list(finished, run):
+    folder, override = run
+    config = load_config(finished, [override])
+    known = start_of(config).state
+    assert (known.best_step, known.evaluated_step) in ((0, 4), (4, 4))
+    other_list = config.model_copy(update={"eval": config.eval.model_copy(update={"trials": Path("other.txt")})})
+    assert start_of(other_list).state == TrainState(step=4)
+    shutil.rmtree(folder / "model")
+    assert start_of(config).state == replace(known, best_eer=None, best_step=None, evaluated_step=None)
+
+
+def test_going_back_within_a_run_retires_what_lies_behind(finished, run, tmp_path):
+    folder, override = run
+    checkpoints = folder / "checkpoints"
+    back = str(checkpoints / "step-00000002")
+    (checkpoints / ".writing-step-00000005").mkdir()
+    before = losses(folder)
+    settings = [override, "train.max_steps=3"]
+    result = run_world(1, train_job, finished, settings, back, folder=tmp_path / "world")[0]
+    assert result["steps"] == 3
+    numbers = {f"step-0000000{step}" for step in (1, 2, 3)}
+    assert {path.name for path in checkpoints.iterdir()} == {*numbers, "retired-step-00000003", "retired-step-00000004"}
+    assert start_of(load_config(finished, settings)).checkpoint == checkpoints / "step-00000003"
+    assert losses(folder) == {step: before[step] for step in (1, 2, 3)}
+    assert [row["step"] for row in records(folder, "evaluations.jsonl")] == [0, 3]
+    assert load_model(folder).description.training.step in (0, 3)
+
+
+def test_a_run_begins_with_a_checkpoint_of_another_one_and_its_own_best_model(finished, tmp_path):
+    # The other run's best EER is taken over neither as a number nor as a model, so this one must measure its own.
+    checkpoint = str(finished.parent / "run" / "checkpoints" / "step-00000004")
+    settings = [f"run.dir={tmp_path / 'fork'}", "optim.lr=0.5"]
+    start = start_of(load_config(finished, settings), checkpoint)
+    assert start.state == TrainState(step=4)
+    (remark,) = start.remarks
+    assert remark.startswith("optim.lr is now 0.5, up to ")
+    with pytest.raises(CelError, match=r"written with train\.batch_size=8, this run has train\.batch_size=4; "):
+        start_of(load_config(finished, [*settings, "train.batch_size=4"]), checkpoint)
+    result = run_world(1, train_job, finished, settings, checkpoint, folder=tmp_path / "world")[0]
+    former = records(finished.parent / "run", "evaluations.jsonl")[-1]
+    assert (result["steps"], result["eer"]) == (4, former["eer"])
+    one, other = load_model(tmp_path / "fork"), load_model(checkpoint)
+    assert all(torch.equal(one.encoder.state_dict()[name], value) for name, value in other.encoder.state_dict().items())
+    assert one.description.threshold is not None
+    # From now on it is a run of its own.
+    assert start_of(load_config(finished, settings)).result is not None
+
+
+def test_a_failed_validation_costs_nothing_that_was_trained(small_corpus, tmp_path):
+    audio = shutil.copytree(small_corpus.audio, tmp_path / "audio")
+    heard = audio / small_corpus.trials.read_text().split()[1]
+    sound = heard.read_bytes()
+    heard.write_text("this is no sound")
+    file = write_config(
+        small_corpus,
+        tmp_path,
+        train={"max_steps": 1},
+        eval={"trials": str(small_corpus.trials), "root": str(audio), "at_start": False},
+    )
+    for message in run_world(2, train_job, file, folder=tmp_path / "1"):
+        assert message.startswith("CelError: ")
+        assert "cannot be read as audio" in message
+    assert (tmp_path / "run" / "checkpoints" / "step-00000001" / "state.json").exists()
+    heard.write_bytes(sound)
+    result = run_world(1, train_job, file, folder=tmp_path / "2")[0]
+    assert (result["steps"], result["utterances_per_second"]) == (1, None)
+    assert [row["eer"] for row in records(tmp_path / "run", "evaluations.jsonl")] == [result["eer"]]
+
+
+def test_records_continue_where_the_state_is(tmp_path, caplog):
+    metrics, evaluations = tmp_path / "metrics.jsonl", tmp_path / "evaluations.jsonl"
+    line = functools.partial('{{"step": {}, "epoch": 0}}\n'.format)
+    metrics.write_text(line(1) + "nonsense\n" + '{"step": 2}\n' + line(2) + line(3) + '{"step": 4')
+    evaluations.write_text(line(0) + line(2) + line(3))
+    Records(tmp_path, Tracker(), TrainState(step=2, evaluated_step=2))
+    assert metrics.read_text() == line(1) + line(2)
+    assert evaluations.read_text() == line(0) + line(2)
+    assert "metrics.jsonl, line 2, is damaged" in caplog.text
+    # The evaluation of the step that the run goes on from is still to come.
+    Records(tmp_path, Tracker(), TrainState(step=2, evaluated_step=0))
+    assert evaluations.read_text() == line(0)
+    # No checkpoint was written yet: everything comes again, the evaluation of the untrained encoder too.
+    Records(tmp_path, Tracker(), TrainState())
+    assert (metrics.read_text(), evaluations.read_text()) == ("", "")

@@ -1,0 +1,175 @@
+"""What goes wrong in a run: found before it starts where that is possible, else the failure of all ranks at once."""
+
+import functools
+import os
+import re
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+from training_runs import ENVIRONMENT, losses, records, train_job, write_config
+from worlds import run_world
+
+from cel_dist.config import load_config
+from cel_dist.data.files import sole_writer
+from cel_dist.data.plan import Plan
+from cel_dist.data.shards import ShardFolder
+from cel_dist.distributed import free_port
+from cel_dist.errors import CelError, RunError
+from cel_dist.launcher import launch
+from cel_dist.model import load_model
+from cel_dist.training.start import find_start
+
+
+@pytest.fixture
+def config(small_corpus, tmp_path):
+    """Writes a configuration of a run in the test's folder."""
+    return functools.partial(write_config, small_corpus, tmp_path)
+
+
+def test_what_can_be_found_wrong_is_found_before_a_process_is_started(config, small_corpus, tmp_path):
+    text, one_class, silent = tmp_path / "text", tmp_path / "one_class.txt", tmp_path / "gone.txt"
+    text.write_text("text")
+    one_class.write_text("1 spk00/utt00.wav spk00/utt01.wav\n")
+    silent.write_text("1 spk00/utt00.wav spk00/gone.wav\n0 spk00/utt00.wav spk01/utt01.wav\n")
+    cut = shutil.copytree(small_corpus.shards, tmp_path / "cut")
+    os.truncate(min(cut.glob("*.tar")), 512)
+    noise_only = shutil.copytree(small_corpus.bank, tmp_path / "noise_only")
+    (noise_only / "bank.json").write_text("{")
+    validation = f"eval.root={small_corpus.audio}"
+    for overrides, message in {
+        ("data.shards=nowhere",): "there is no folder of shards at nowhere",
+        (f"data.shards={cut}",): "has 512 bytes, the manifest says",
+        (f"data.bank={noise_only}",): r"bank\.json",
+        ("train.batch_size=64",): "train.batch_size=64 is larger than the data",
+        ("train.batch_size=7",): "does not divide by 2 ranks",
+        ("encoder.name=fast_resnet43",): "did you mean 'fast_resnet34'",
+        ("encoder.init=nowhere",): "there is no model at nowhere",
+        (validation, "eval.trials=nowhere.txt"): r"cannot read the trials file nowhere\.txt",
+        (validation, f"eval.trials={one_class}"): "error rates need both kinds",
+        (validation, f"eval.trials={silent}"): r"1 of 3 audio files are missing .* spk00/gone\.wav",
+        (f"run.dir={text}",): "text is a file; name a folder",
+        (f"run.dir={text}/run",): "text is a file; name a folder",
+    }.items():
+        with pytest.raises(CelError, match=message) as caught:
+            launch(config(), list(overrides), num_ranks=2, hostfile=None, resume="auto")
+        assert "\n" not in str(caught.value)
+    assert not (tmp_path / "run").exists()
+
+
+def test_two_runs_do_not_share_a_folder(config, tmp_path):
+    (tmp_path / "run").mkdir()
+    with sole_writer(tmp_path / "run", "cel train"):
+        with pytest.raises(RunError, match=f"another 'cel train' is writing {tmp_path / 'run'}"):
+            launch(config(), [], num_ranks=2, hostfile=None, resume="auto")
+        first, second = run_world(2, train_job, config(), folder=tmp_path / "world")
+    assert first.startswith("RunError: another 'cel train' is writing ")
+    assert second.removeprefix("RunError: rank 0 failed: ") == first.removeprefix("RunError: ")
+    assert [path.name for path in (tmp_path / "run").iterdir()] == [".lock"]
+
+
+def test_a_tracking_server_that_only_rank_0_asks_stops_all_ranks_alike(config, tmp_path):
+    file = config(tracking={"enabled": True, "uri": f"http://127.0.0.1:{free_port()}"})
+    first, second = run_world(2, train_job, file, folder=tmp_path / "world")
+    assert first.startswith("CelError: cannot record in MLflow at http://127.0.0.1:")
+    assert second == first
+
+
+def test_audio_that_one_rank_cannot_read_stops_all_ranks(config, small_corpus, tmp_path):
+    folder = ShardFolder.open(shutil.copytree(small_corpus.shards, tmp_path / "shards"))
+    index, settings = folder.index, load_config(config(data={"shards": str(folder.folder)}))
+    plan = Plan(
+        index.samples, segment_samples=settings.segment_samples, batch_size=8, short=settings.data.short, seed=0
+    )
+    # The last row of the second step belongs to rank 1.
+    sample = plan.batch(0, 1).ids[-1]
+    with folder.shard_path(int(index.shard[sample])).open("r+b") as shard:
+        shard.seek(int(index.offset[sample]))
+        shard.write(bytes(int(index.size[sample])))
+    first, second = run_world(2, train_job, config(data={"shards": str(folder.folder)}), folder=tmp_path / "world")
+    assert first.startswith("RunError: rank 1 failed: shard ")
+    assert first.removeprefix("RunError: rank 1 failed: ") == second.removeprefix("RunError: ")
+    assert set(losses(tmp_path / "run")) == {1}
+
+
+def train_with_a_poisoned_gradient(config):
+    """Train; at the third step rank 1 alone finds a gradient that is not finite. The failure, and whether anything was
+    updated after that."""
+    from cel_dist.engine import Engine
+
+    genuine, seen = Engine.gradient_norm, []
+
+    def gradient_norm(engine):
+        norm = genuine(engine)
+        seen.append((engine, {name: value.clone() for name, value in engine.encoder_state().items()}))
+        return norm * float("nan") if len(seen) == 3 and os.environ["RANK"] == "1" else norm
+
+    Engine.gradient_norm = gradient_norm
+    message = train_job(config)
+    engine, before = seen[-1]
+    after = engine.encoder_state()
+    return message, len(seen), all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_a_gradient_that_is_not_finite_on_one_rank_stops_all_before_the_optimizer(config, tmp_path):
+    outcomes = run_world(2, train_with_a_poisoned_gradient, config(), folder=tmp_path / "world")
+    for message, steps, is_unchanged in outcomes:
+        assert message.startswith("RunError: step 3 (epoch 0): loss ")
+        assert "gradient norm nan; nothing was updated and the last good state is" in message
+        assert (steps, is_unchanged) == (3, True)
+    (checkpoint,) = re.findall(r"--resume (\S+)", outcomes[0][0])
+    assert load_model(checkpoint).description.training.step == 2
+    # What the message advises is accepted.
+    fork = load_config(config(), [f"run.dir={tmp_path / 'fork'}", "optim.lr=1e-4"])
+    assert find_start(fork, steps_per_epoch=5, num_ranks=2, resume=checkpoint).state.step == 2
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    mount = tmp_path / "disk"
+    mount.mkdir()
+    done = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=40m", "tmpfs", mount], capture_output=True, check=False)
+    if done.returncode:
+        pytest.skip(f"mounting a small tmpfs is not permitted here: {done.stderr.decode().strip()}")
+    yield mount
+    subprocess.run(["umount", mount], check=True)
+
+
+def test_a_full_disk_costs_one_checkpoint_and_no_other(config, small_disk, tmp_path):
+    file = config(run={"dir": str(small_disk / "run")}, checkpoint={"every_steps": 1}, engine={"zero_stage": 2})
+    for message in run_world(2, train_job, file, folder=tmp_path / "world"):
+        assert message.startswith("RunError: ")
+        assert re.search(r"checkpoint \S+step-00000002 cannot be written: .*make room", message)
+        assert "\n" not in message
+    (checkpoint,) = (small_disk / "run" / "checkpoints").iterdir()
+    assert find_start(load_config(file), steps_per_epoch=5, num_ranks=2, resume="auto").checkpoint == checkpoint
+    assert load_model(checkpoint).description.training.step == 1
+
+
+def test_a_model_that_mlflow_does_not_take_costs_neither_summary_nor_report(config, tmp_path):
+    # Where the files of the experiment belong lies a file.
+    (tmp_path / "mlartifacts").write_text("in the way")
+    file = config(train={"max_steps": 1}, tracking={"enabled": True, "uri": f"sqlite:///{tmp_path}/mlflow.db"})
+    command = [sys.executable, "-m", "cel_dist.train", str(file)]
+    done = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "cannot store the model in MLflow" in done.stderr
+    run = tmp_path / "run"
+    assert '"model_uri": null' in (run / "summary.json").read_text()
+    assert "<html" in (run / "report.html").read_text()
+    assert [row["step"] for row in records(run)] == [1]
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="this system does not bind processes to cores")
+def test_threads_are_counted_by_the_cores_that_the_process_may_use():
+    from cel_dist.training.trainer import _num_cores
+
+    allowed = os.sched_getaffinity(0)
+    try:
+        os.sched_setaffinity(0, {min(allowed)})
+        assert _num_cores() == 1
+    finally:
+        os.sched_setaffinity(0, allowed)
+    assert _num_cores() == len(allowed)
