@@ -144,3 +144,13 @@ def test_bad_input_costs_one_line_and_exit_code_2(config):
         assert done.stderr.startswith("error: ")
         assert done.stderr.count("\n") == 1
         assert done.stdout == ""
+
+
+def test_labels_are_counted_in_the_log_and_batch_norm_is_as_configured(config, small_corpus, tmp_path):
+    rows = {}
+    for kind in ("global", "per_rank"):
+        file = config(kind, train={"max_steps": 2, "encode_chunks": 2}, encoder={"batch_norm": kind}, data={"num_speakers": 4})
+        run_world(2, train_job, file, folder=tmp_path / f"world-{kind}")
+        rows[kind] = metrics(tmp_path / kind)
+    assert [row["loss"] for row in rows["global"]] != [row["loss"] for row in rows["per_rank"]]
+    assert {row["false_negatives_expected"] for row in rows["global"]} == {rows["global"][0]["false_negatives_expected"]}

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 
-def with_global_batch_norm(encoder: nn.Module, group: dist.ProcessGroup, on_gpu: bool) -> nn.Module:
-    """Let every batch norm of an encoder share its statistics over a group of ranks, in training.
+def with_global_batch_norm(encoder: nn.Module, group: dist.ProcessGroup | None, on_gpu: bool) -> nn.Module:
+    """Let every batch norm of an encoder share its statistics over a group of ranks (None: all), in training.
 
     GPUs use `nn.SyncBatchNorm`, which refuses tensors of a CPU; there `GlobalBatchNorm` does the same. Names in the
     state dict stay, so the weights go into an encoder without this. Returns the encoder, changed in place.
@@ -34,10 +34,10 @@ class GlobalBatchNorm(nn.modules.batchnorm._BatchNorm):
     rank's outputs. Ranks may bring different numbers of values. In evaluation it is plain batch norm.
     """
 
-    group: dist.ProcessGroup
+    group: dist.ProcessGroup | None
 
     @classmethod
-    def of(cls, plain: nn.modules.batchnorm._BatchNorm, group: dist.ProcessGroup) -> "GlobalBatchNorm":
+    def of(cls, plain: nn.modules.batchnorm._BatchNorm, group: dist.ProcessGroup | None) -> "GlobalBatchNorm":
         """One that takes over parameters, buffers and mode of a plain batch norm."""
         shared = cls(plain.num_features, plain.eps, plain.momentum, plain.affine, plain.track_running_stats)
         for name, parameter in plain.named_parameters(recurse=False):
@@ -72,7 +72,7 @@ class GlobalBatchNorm(nn.modules.batchnorm._BatchNorm):
 class _Normalise(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, group: dist.ProcessGroup
+        ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, group: dist.ProcessGroup | None
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         others = [dim for dim in range(x.ndim) if dim != 1]
         own_variance, own_mean = torch.var_mean(x.float() if x.dtype != torch.float64 else x, others, correction=0)

@@ -118,7 +118,7 @@ class Trainer:
             matmul=config.loss.matmul,
         )
         if config.encoder.batch_norm == "global":
-            encoder = with_global_batch_norm(encoder, torch.distributed.group.WORLD, on_gpu=device.type == "cuda")
+            encoder = with_global_batch_norm(encoder, torch.distributed.group.WORLD, device.type == "cuda")
         self.engine = Engine(Objective(encoder, loss, config.encoder.views), config, world, device)
         self.evaluated = new_encoder(config).to(device)
 
