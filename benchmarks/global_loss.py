@@ -18,6 +18,7 @@ import statistics
 import subprocess
 import sys
 import time
+from importlib.metadata import version
 from pathlib import Path
 
 import torch
@@ -157,8 +158,8 @@ def write(table: list[dict], ring: dict[str, float] | None, device: str, repeats
         "# One rank's share of the global loss",
         "",
         f"Written by `benchmarks/global_loss.py` on {machine}, torch {conditions['torch']}, "
-        f"{conditions['threads']} threads, fp32: A-Cont and PoN, forward and backward, of b = K / W rows against all K "
-        f"rows of dimension d. Medians of {repeats}, the two ways in turns, each in its own process; memory is the peak "
+        f"{conditions['threads']} threads, fp32: A-Cont and PoN, forward and backward, of b = K / W rows against K "
+        f"of dimension d. Medians of {repeats}, the two ways in turns, in processes of their own; memory is the peak "
         "beyond the gathered rows. The machine is shared: compare the ratios.",
         "",
         "A step is one all-gather, of b (2 d) words from each rank, and one exchange, of 2 b + 8; no collective runs "
