@@ -13,6 +13,8 @@ so that its peak memory is its own; the two ways take turns.
 import argparse
 import gc
 import json
+import os
+import platform
 import resource
 import statistics
 import subprocess
@@ -33,8 +35,10 @@ RESULTS = Path(__file__).resolve().parent / "results"
 SETTINGS = Settings(SIMILARITIES["angular_contrastive"], "pon")
 BATCHES = (1024, 4096, 16384, 65536)
 RING_ROWS, RING_BATCH = 256, 1 << 20
-# A share of more rows than this is more work than a rank has in practice, and than two cores do in a minute.
-LARGEST_SHARE = 8192
+# Autograd keeps about this many matrices of b x K numbers; beyond the limit it is not tried.
+MATRICES, LARGEST_BYTES = 6, 12 << 30
+# Pairs b x K beyond which one repetition is long enough to be timed.
+LONG = 1 << 27
 
 
 class OthersGiven(Exchange):
@@ -159,7 +163,7 @@ def write(table: list[dict], ring: dict[str, float] | None, device: str, repeats
         "",
         f"Written by `benchmarks/global_loss.py` on {machine}, torch {conditions['torch']}, "
         f"{conditions['threads']} threads, fp32: A-Cont and PoN, forward and backward, of b = K / W rows against K "
-        f"of dimension d. Medians of {repeats}, the two ways in turns, in processes of their own; memory is the peak "
+        f"of dimension d. Medians of {repeats} (one for the largest), the two ways in turns, in processes of their own; memory is the peak "
         "beyond the gathered rows. The machine is shared: compare the ratios.",
         "",
         "A step is one all-gather, of b (2 d) words from each rank, and one exchange, of 2 b + 8; no collective runs "
@@ -170,6 +174,12 @@ def write(table: list[dict], ring: dict[str, float] | None, device: str, repeats
     ]
     for row in table:
         tiles, plain = row["tiles"], row["materialised"]
+        if plain is None:
+            lines.append(
+                f"| {row['K']} | {row['d']} | {row['W']} | {row['b']} | {tiles['seconds']:.3f} | does not fit | "
+                f"| {tiles['mebibytes']:.0f} | | | {row['words']} |"
+            )
+            continue
         lines.append(
             f"| {row['K']} | {row['d']} | {row['W']} | {row['b']} | {tiles['seconds']:.3f} | {plain['seconds']:.3f} "
             f"| {plain['seconds'] / tiles['seconds']:.2f} | {tiles['mebibytes']:.0f} | {plain['mebibytes']:.0f} "
@@ -201,6 +211,7 @@ def draw(table: list[dict]) -> None:
         for world_size, colour in colours.items():
             rows = [row for row in table if row["W"] == world_size and row["d"] == 256]
             for way, style in (("tiles", "o-"), ("materialised", "s--")):
+                rows = [row for row in rows if row[way]]
                 values = [max(row[way][quantity], 0.1 if quantity == "mebibytes" else 0) for row in rows]
                 name = f"{'tiles' if way == 'tiles' else 'autograd'}, W = {world_size}"
                 axis.loglog([row["K"] for row in rows], values, style, color=colour, label=name, base=10)
@@ -225,22 +236,30 @@ def main() -> None:
         found = measure(way, int(batch), int(dim), int(world_size), options.device, options.repeats)
         print(json.dumps(found))
         return
-    common = ("--repeats", options.repeats, "--device", options.device)
-    table = []
+    table: list[dict] = []
     for dim in (256, 512):
         for batch in (size for size in BATCHES if size <= options.largest):
             for world_size in (1, 8, 64):
-                if batch // world_size > LARGEST_SHARE:
-                    continue
-                row: dict[str, object] = {"K": batch, "d": dim, "W": world_size, "b": batch // world_size}
-                for way in ("tiles", "materialised"):
-                    row[way] = in_own_process(way, batch, dim, world_size, *common)
-                row |= {"collectives": 2, "words": batch // world_size * 2 * dim + 2 * batch // world_size + 8}
+                share = batch // world_size
+                fits = 4 * MATRICES * share * batch <= LARGEST_BYTES
+                repeats = 1 if share * batch > LONG else options.repeats
+                row = {"K": batch, "d": dim, "W": world_size, "b": share, "tiles": None, "materialised": None}
+                for way in ("tiles", *(["materialised"] if fits else [])):
+                    row[way] = in_own_process(
+                        way, batch, dim, world_size, "--repeats", repeats, "--device", options.device
+                    )
+                row |= {
+                    "collectives": 2 if world_size > 1 else 0,
+                    "words": share * (2 * dim + 2) + 8,
+                    "repeats": repeats,
+                }
                 table.append(row)
                 print(row, flush=True)
     ring = None
     if options.ring:
-        ring = in_own_process("ring", RING_BATCH, 256, RING_BATCH // RING_ROWS, "--repeats", 1, *common[2:])
+        ring = in_own_process(
+            "ring", RING_BATCH, 256, RING_BATCH // RING_ROWS, "--repeats", 1, "--device", options.device
+        )
     write(table, ring, options.device, options.repeats)
 
 
