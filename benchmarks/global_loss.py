@@ -163,7 +163,7 @@ def write(table: list[dict], ring: dict[str, float] | None, device: str, repeats
         "",
         f"Written by `benchmarks/global_loss.py` on {machine}, torch {conditions['torch']}, "
         f"{conditions['threads']} threads, fp32: A-Cont and PoN, forward and backward, of b = K / W rows against K "
-        f"of dimension d. Medians of {repeats} (one for the largest), the two ways in turns, in processes of their own; "
+        f"of dimension d. Medians of {repeats} (one for the largest), the two ways in turns, in own processes; "
         "memory is the peak beyond the gathered rows. The machine is shared: compare the ratios.",
         "",
         "A step is one all-gather, of b (2 d) words from each rank, and one exchange, of 2 b + 8; no collective runs "
