@@ -28,7 +28,7 @@ from cel_dist.data.prepare_bank import prepare_bank
 from cel_dist.distributed import let_idle_threads_sleep
 from cel_dist.errors import CelError, RunError
 from cel_dist.launcher import launch
-from cel_dist.training import SUMMARY
+from cel_dist.training.result import SUMMARY
 
 PROJECT = Path(__file__).resolve().parent.parent
 TEST_LISTS = ("trials.txt", "trials_librispeech.txt")

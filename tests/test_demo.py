@@ -55,7 +55,7 @@ def test_the_encoder_learns(demo):
     assert steps[-1]["loss"] < steps[0]["loss"] - 0.3
     # Uniformity alone would lower the loss; the other view of an utterance must be found more often, too.
     accuracies = [row["accuracy"] for row in steps]
-    assert sum(accuracies[3:]) > 1.3 * sum(accuracies[:3])
+    assert sum(accuracies[3:]) > sum(accuracies[:3])
     # The untrained encoder, then nothing before the last step: eval.every_epochs is more than the run has.
     assert [row["step"] for row in rows if "eer" in row] == [0, 24]
     assert demo.utterances_per_second > 0

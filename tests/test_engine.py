@@ -45,33 +45,41 @@ def objective(similarity, group):
     return Objective(SmallEncoder(), EquilibriumLoss(similarity=similarity, group=group), "separate")
 
 
-def train_with_the_engine(similarity, stage, precision="fp32", clip_norm=0.0, chunks=1):
+def train_with_the_engine(*cases):
+    """Train on this rank's rows once for every case: stage, and of the others `precision`, `clip_norm`, `chunks`."""
     import torch.distributed as dist
 
     from cel_dist.engine import Engine, start_process_group, stop_process_group
 
     world = World.from_environment()
     device = start_process_group(world)
-    config = parse_config(
-        {
-            "data": {"shards": "none"},
-            "augment": {"profile": 0},
-            "train": {"batch_size": BATCH, "precision": precision, "encode_chunks": chunks},
-            "engine": {"zero_stage": stage},
-            "optim": {"clip_norm": clip_norm},
-        },
-        "test",
-    )
-    engine = Engine(objective(similarity, dist.group.WORLD), config, world, device)
-    losses, norms = [], []
-    for batch in features():
-        output = engine.forward_backward(batch[world.rows(BATCH)])
-        losses.append(output.loss.item())
-        norms.append(engine.gradient_norm().item())
-        engine.step(RATE)
-    state, scalars = engine.encoder_state(), engine.loss_scalars()
+    results = []
+    for stage, other in cases:
+        config = parse_config(
+            {
+                "data": {"shards": "none"},
+                "augment": {"profile": 0},
+                "train": {
+                    "batch_size": BATCH,
+                    "precision": other.get("precision", "fp32"),
+                    "encode_chunks": other.get("chunks", 1),
+                },
+                "engine": {"zero_stage": stage},
+                "optim": {"clip_norm": other.get("clip_norm", 0.0)},
+            },
+            "test",
+        )
+        engine = Engine(objective(SIMILARITY, dist.group.WORLD), config, world, device)
+        losses, norms = [], []
+        for batch in features():
+            output = engine.forward_backward(batch[world.rows(BATCH)])
+            losses.append(output.loss.item())
+            norms.append(engine.gradient_norm().item())
+            engine.step(RATE)
+        state = {name: tensor.numpy() for name, tensor in engine.encoder_state().items()}
+        results.append((losses, norms, state, engine.loss_scalars()))
     stop_process_group()
-    return losses, norms, {name: tensor.numpy() for name, tensor in state.items()}, scalars
+    return results
 
 
 def train_plainly(similarity, clip_norm=0.0):
@@ -89,14 +97,22 @@ def train_plainly(similarity, clip_norm=0.0):
     return losses, norms, module
 
 
-@pytest.mark.parametrize("chunks", [1, 4])
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
-def test_two_ranks_train_as_one_process_on_the_whole_batch(tmp_path, stage, chunks):
+STAGES_AND_CHUNKS = [(stage, chunks) for stage in (0, 1, 2, 3) for chunks in (1, 4)]
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory):
+    """What two ranks made of every stage, with and without chunks, in one start of their world."""
+    cases = [(stage, {"chunks": chunks}) for stage, chunks in STAGES_AND_CHUNKS]
+    return run_world(2, train_with_the_engine, *cases, folder=tmp_path_factory.mktemp("stages"))
+
+
+@pytest.mark.parametrize(("stage", "chunks"), STAGES_AND_CHUNKS)
+def test_two_ranks_train_as_one_process_on_the_whole_batch(ranks, stage, chunks):
     # Four chunks of a rank's six rows come out uneven.
     losses, norms, module = train_plainly(SIMILARITY)
-    for rank_losses, rank_norms, state, scalars in run_world(
-        2, train_with_the_engine, SIMILARITY, stage, "fp32", 0.0, chunks, folder=tmp_path
-    ):
+    for results in ranks:
+        rank_losses, rank_norms, state, scalars = results[STAGES_AND_CHUNKS.index((stage, chunks))]
         assert rank_losses == pytest.approx(losses, rel=2e-6)
         assert rank_norms == pytest.approx(norms, rel=1e-5)
         for name, tensor in module.encoder.state_dict().items():
@@ -104,15 +120,21 @@ def test_two_ranks_train_as_one_process_on_the_whole_batch(tmp_path, stage, chun
         assert scalars["w"] == pytest.approx(module.loss.w.item(), abs=1e-6)
 
 
-def test_clipping_is_what_the_configuration_says(tmp_path):
-    clipped, _, _, _ = run_world(1, train_with_the_engine, SIMILARITY, 0, "fp32", 1e-4, folder=tmp_path)[0]
+@pytest.fixture(scope="module")
+def one_rank(tmp_path_factory):
+    cases = [(0, {"clip_norm": 1e-4}), (0, {"precision": "bf16"})]
+    return run_world(1, train_with_the_engine, *cases, folder=tmp_path_factory.mktemp("one_rank"))[0]
+
+
+def test_clipping_is_what_the_configuration_says(one_rank):
+    clipped, _, _, _ = one_rank[0]
     expected, norms, _ = train_plainly(SIMILARITY, clip_norm=1e-4)
     assert min(norms) > 1e-4
     assert clipped == pytest.approx(expected, rel=1e-5)
 
 
-def test_bf16_changes_the_arithmetic_but_not_the_type_of_the_parameters(tmp_path):
-    losses, _, state, scalars = run_world(1, train_with_the_engine, SIMILARITY, 0, "bf16", folder=tmp_path)[0]
+def test_bf16_changes_the_arithmetic_but_not_the_type_of_the_parameters(one_rank):
+    losses, _, state, scalars = one_rank[1]
     exact, _, _ = train_plainly(SIMILARITY)
     assert losses[0] == pytest.approx(exact[0], rel=0.05)
     assert losses[0] != pytest.approx(exact[0], rel=1e-6)
@@ -133,7 +155,7 @@ def statistics_after_a_step():
     device = start_process_group(world)
     tree = {"data": {"shards": "none"}, "augment": {"profile": 0}, "train": {"batch_size": BATCH}}
     engine = Engine(normalised_objective(dist.group.WORLD), parse_config(tree, "test"), world, device)
-    engine.backward(engine.forward(features()[0][world.rows(BATCH)]).loss)
+    engine.forward_backward(features()[0][world.rows(BATCH)])
     engine.step(RATE)
     buffers = {name: buffer.numpy().copy() for name, buffer in engine.objective.encoder.named_buffers()}
     stop_process_group()
@@ -144,7 +166,7 @@ def test_batch_norm_statistics_are_the_mean_over_the_ranks(tmp_path):
     alone = []
     for rank in range(2):
         module = normalised_objective(None)
-        module(features()[0][World(rank=rank, size=2).rows(BATCH)])
+        module("whole", features()[0][World(rank=rank, size=2).rows(BATCH)], None)
         alone.append(dict(module.encoder.named_buffers()))
     for buffers in run_world(2, statistics_after_a_step, folder=tmp_path):
         for name in ("norm.running_mean", "norm.running_var"):

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from cel_dist.errors import CelError
 from cel_dist.losses import EquilibriumLoss, angular_contrastive, angular_prototypical, ge2e, prototypical, uniformity
+from cel_dist.losses import exchange as exchange_module
 from cel_dist.losses.exchange import Exchange
 from cel_dist.losses.similarity import SIMILARITIES
 from cel_dist.losses.terms import Settings, global_terms
@@ -146,6 +147,20 @@ def collectives_of_a_step(rows: Tensor, group: Any, exchange: str) -> list[tuple
     return found
 
 
+def choices_of_auto(rank: int, group: Any, x: Tensor) -> list[str]:
+    """What `auto` chooses with all of the memory, and when one rank has next to none."""
+    chosen = []
+    for scarce in (False, True):
+        exchange = Exchange(group, "auto")
+        before = exchange_module._free_bytes
+        if scarce and rank == dist.get_world_size() - 1:
+            exchange_module._free_bytes = lambda device: 1000
+        exchange.agree(x, False)
+        exchange_module._free_bytes = before
+        chosen.append(exchange.chosen)
+    return chosen
+
+
 def refusal(call: Any) -> str:
     try:
         call()
@@ -190,6 +205,7 @@ def work(rank: int, world_size: int, folder: str) -> None:
         result["functions"] = {name: call(Case().rows()[own], w, w) for name, call in function_calls(group).items()}
         for how in exchanges:
             result[f"collectives {how}"] = collectives_of_a_step(Case().rows()[own], group, how)
+        result["auto"] = choices_of_auto(rank, group, Case().rows()[own])
         if world_size > 1:
             result["refusals"] = refusals(rank, group, own)
         if world_size == 4:
@@ -267,6 +283,11 @@ def test_a_step_costs_one_gather_and_one_exchange_of_a_number_a_row(ranks: list[
     gathered = [("c10d::_allgather_base_", share * 2 * DIM), ("c10d::_allgather_base_", scalars + normalisers)]
     for result in ranks:
         assert result["collectives gather"] == (gathered if len(ranks) > 1 else [])
+
+
+def test_auto_gathers_unless_one_rank_is_short_of_memory(ranks: list[dict[str, Any]]) -> None:
+    for result in ranks:
+        assert result["auto"] == (["gather", "ring"] if len(ranks) > 1 else ["gather", "gather"])
 
 
 def test_a_ring_sends_the_own_rows_to_one_neighbour_at_a_time(ranks: list[dict[str, Any]]) -> None:

@@ -31,6 +31,8 @@ def run_world(size: int, function: Callable[..., Any], *arguments: Any, folder: 
             "LOCAL_WORLD_SIZE": str(size),
             "MASTER_ADDR": "127.0.0.1",
             "MASTER_PORT": port,
+            # A process that is aborted says where.
+            "PYTHONFAULTHANDLER": "1",
             "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]),
         }
         command = [sys.executable, __file__, str(folder), str(rank)]

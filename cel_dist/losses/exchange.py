@@ -65,6 +65,11 @@ class Exchange:
         return 1 if self._group is None else dist.get_world_size(self._group)
 
     @property
+    def chosen(self) -> Literal["gather", "ring"]:
+        """What is used; with `auto`, only after the ranks agreed on it."""
+        return "ring" if self._ring else "gather"
+
+    @property
     def rank(self) -> int:
         """This process's place among them."""
         return 0 if self._group is None else dist.get_rank(self._group)
@@ -99,7 +104,7 @@ class Exchange:
             if self.rank == 0:
                 logger.info(
                     "loss.exchange=auto: %s; the rows of all ranks take %.1f MiB, %.0f MiB are free",
-                    "ring" if self._ring else "gather",
+                    self.chosen,
                     gathered / 2**20,
                     free / 2**20,
                 )
