@@ -10,7 +10,7 @@ import os
 import sys
 
 from cel_dist.config import load_config
-from cel_dist.distributed import let_idle_threads_sleep
+from cel_dist.distributed import leave_process, let_idle_threads_sleep
 from cel_dist.errors import CelError, RunError
 
 
@@ -47,4 +47,4 @@ def _is_said_here(error: CelError | RunError) -> bool:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave_process(main())

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from cel_dist.distributed import free_port
+from cel_dist.distributed import free_port, leave_process
 
 TIMEOUT_SECONDS = 240
 
@@ -50,6 +50,7 @@ def _main() -> None:
     folder, rank = Path(sys.argv[1]), sys.argv[2]
     function, arguments = pickle.loads((folder / "call.pkl").read_bytes())
     (folder / f"result-{rank}.pkl").write_bytes(pickle.dumps(function(*arguments)))
+    leave_process(0)
 
 
 if __name__ == "__main__":
