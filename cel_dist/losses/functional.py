@@ -29,6 +29,7 @@ def uniformity(x: Tensor, t: float = 2.0, pairs: Pairs = "pon", group: dist.Proc
     Raises:
         CelError: fewer than two utterances, embeddings of length 0 or not finite, unknown pairs, or `t` not above 0.
 
+    >>> import torch
     >>> x = torch.tensor([[[1.0, 0.0]], [[-3.0, 0.0]]])
     >>> round(float(uniformity(x, t=2.0)), 5)
     -8.0
