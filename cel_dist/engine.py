@@ -1,5 +1,6 @@
 """DeepSpeed: the process group, the engine around the objective, and what is asked of it during training."""
 
+import gc
 import logging
 import os
 from collections.abc import Iterator
@@ -9,6 +10,9 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+
+# Before there is a process group: its functions keep the one of that moment as their default, for ever.
+import torch.distributed.nn.functional
 from torch import Tensor, nn
 
 from cel_dist.config import Config
@@ -52,9 +56,17 @@ def start_process_group(world: World) -> torch.device:
 
 
 def stop_process_group() -> None:
-    """Leave the process group, if there is one."""
-    if dist.is_initialized():
-        dist.destroy_process_group()
+    """Leave the process group, if there is one, and end its threads.
+
+    A thread that still holds the tensors of the last collective when the interpreter ends aborts the process.
+    """
+    if not dist.is_initialized():
+        return
+    import deepspeed
+
+    # DeepSpeed's own forgets the group that it cloned, too; engines hold groups in reference cycles.
+    deepspeed.comm.destroy_process_group()
+    gc.collect()
 
 
 class Engine:

@@ -47,6 +47,12 @@ def train_job(config, overrides=(), resume="auto"):
         return f"{type(error).__name__}: {error}"
 
 
+def train_and_name_threads(config, overrides=()):
+    """`train_job`, and the names of the threads that are there afterwards."""
+    outcome = train_job(config, overrides)
+    return outcome, [path.read_text().strip() for path in Path("/proc/self/task").glob("*/comm")]
+
+
 def records(run: Path, name: str = "metrics.jsonl"):
     """The objects of a file of records."""
     return [json.loads(line) for line in (run / name).read_text().splitlines()]

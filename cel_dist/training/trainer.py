@@ -4,6 +4,7 @@ import logging
 import math
 import os
 import time
+import traceback
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from importlib.metadata import version
@@ -69,6 +70,10 @@ def train(config: Config, resume: str = "auto") -> TrainResult:
     try:
         with _sole_run(config.run.dir, world):
             return Trainer(config, world, device, resume, checked).train()
+    except (CelError, RunError) as error:
+        # Frames in the traceback hold the engine, and with it the process group that is to end.
+        traceback.clear_frames(error.__traceback__)
+        raise
     finally:
         stop_process_group()
 
