@@ -139,7 +139,7 @@ def _settings(out: Path, split: Split, run_dir: Path) -> dict[str, Any]:
         "data": {"shards": str(out / "shards"), "bank": str(out / "bank"), "short": "repeat"},
         # The published noise levels hide the voices from a network that sees only a few thousand utterances.
         "augment": {"profile": 1, "noise_snr_db": [10, 25], "speech_snr_db": [20, 30], "music_snr_db": [10, 25]},
-        # With two ranks of twenty utterances, a hundred steps with the statistics of all ranks had learned less.
+        # As in the run that was measured; the statistics of all ranks were not compared with it over as many steps.
         "encoder": {"batch_norm": "per_rank"},
         "train": {"batch_size": BATCH_SIZE, "epochs": 1000, "max_steps": MAX_STEPS},
         "optim": {"schedule": "cosine", "warmup_steps": 10},
