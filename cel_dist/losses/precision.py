@@ -55,11 +55,11 @@ class Products:
         # Only GPUs multiply bf16 into fp32. Elsewhere rounded factors in fp32 give the same products.
         return factor.bfloat16() if factor.is_cuda else factor.bfloat16().float()
 
-    def inner(self, a: Tensor, b: Tensor) -> Tensor:
-        """[n, m] inner products of rounded rows [n, d] and [m, d]."""
+    def inner(self, a: Tensor, b: Tensor, out: Tensor) -> Tensor:
+        """[n, m] inner products of rounded rows [n, d] and [m, d], written to `out`."""
         if a.dtype == torch.bfloat16:
-            return torch.mm(a, b.mT, out_dtype=torch.float32)
-        return a @ b.mT
+            return torch.mm(a, b.mT, out_dtype=torch.float32, out=out)
+        return torch.mm(a, b.mT, out=out)
 
     def add_weighted(self, total: Tensor, weights: Tensor, rows: Tensor) -> None:
         """Add weights [n, m] times rounded rows [m, d] to a total [n, d], in place."""

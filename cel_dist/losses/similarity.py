@@ -175,8 +175,8 @@ class SimilarityTerm:
             rows, columns = normalisers
             at_key, at_anchor = pulled(
                 [
-                    Pull(scale * self._keys, similarity.anchors, [(None, -rows), (-of_columns, None)]),
-                    Pull(scale * self._anchors, similarity.keys, [(None, -columns), (-of_rows, None)]),
+                    Pull(scale * self._keys, similarity.anchors, ((None, -rows), (-of_columns, None))),
+                    Pull(scale * self._anchors, similarity.keys, ((None, -columns), (-of_rows, None))),
                 ],
                 batch.rows,
                 batch.own,
@@ -188,7 +188,7 @@ class SimilarityTerm:
         else:
             bias = None if similarity.scaled else _bias(self._keys)
             (at_key,) = pulled(
-                [Pull(scale * self._keys, similarity.anchors, [(bias, -normalisers[0])], self._floor)],
+                [Pull(scale * self._keys, similarity.anchors, ((bias, -normalisers[0]),), self._floor)],
                 batch.rows,
                 batch.own,
                 batch.products,

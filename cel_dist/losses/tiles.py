@@ -126,20 +126,23 @@ class Softmax:
         return self._total.clamp(min=torch.finfo(self._total.dtype).tiny)
 
 
+Biases = tuple[Tensor | None, Tensor | None]
+"""Biases of weights: of the own key [B], and of the anchor, [R, K] over the rows of the global batch; None for 0."""
+
+
 class Pull(NamedTuple):
     """Weights exp(<own key, anchor> + biases) with which the anchors of all rows pull at own keys.
 
     Attributes:
         keys: [B, d] of this rank, times the scale of the logits.
         anchors: rows [n, V, D] to anchors [R n, d]; row i's are i, n + i, ...
-        biases: terms of the weight; a term adds a bias of the own key [B] and one of the anchor, [R, K] over the rows
-            of the global batch. None stands for 0.
+        biases: one for each term of the weight.
         floor: logits below it do not pull.
     """
 
     keys: Tensor
     anchors: Map
-    biases: Sequence[tuple[Tensor | None, Tensor | None]]
+    biases: tuple[Biases] | tuple[Biases, Biases]
     floor: float | None = None
 
 
@@ -159,6 +162,7 @@ def negative_logsumexp(
         The softmax of every comparison, and the number of pairs (own row, row of the batch) of equal sample ids.
     """
     results = [Softmax(comparison, with_mean) for comparison, with_mean in comparisons]
+    memory = _TileMemory()
     rounded = [products.rounded(comparison.anchors) for comparison, _ in comparisons]
     num_same = 0
     for tile in _tiles(rows, own, size.columns):
@@ -171,7 +175,8 @@ def negative_logsumexp(
             keys = products.rounded(keys)
             excluded = tile.same_but_itself if result.comparison.meets_itself else tile.same
             for some in _slices(len(anchors), size.rows):
-                logits = products.inner(anchors[some], keys)
+                logits = memory.tile(some.stop - some.start, len(keys), of=result.largest)
+                products.inner(anchors[some], keys, out=logits)
                 if bias is not None:
                     logits += bias
                 _exclude(logits, excluded, some, own_size=len(own.ids), columns_size=tile.num_columns)
@@ -183,6 +188,7 @@ def pulled(pulls: Sequence[Pull], rows: SharedRows, own: Own, products: Products
     """One more pass over the global batch: what every own key is pulled at with."""
     results = [Pulled(torch.zeros_like(pull.keys), torch.zeros_like(pull.keys[:, 0])) for pull in pulls]
     rounded = [products.rounded(pull.keys) for pull in pulls]
+    memory, memory_of_sum = _TileMemory(), _TileMemory()
     for tile in _tiles(rows, own, size.columns):
         for pull, result, keys in zip(pulls, results, rounded, strict=True):
             anchors = products.rounded(pull.anchors(tile.rows))
@@ -191,13 +197,15 @@ def pulled(pulls: Sequence[Pull], rows: SharedRows, own: Own, products: Products
                 for of_key, of_anchor in pull.biases
             ]
             for some in _slices(len(keys), size.rows):
-                logits = products.inner(keys[some], anchors)
+                logits = memory.tile(some.stop - some.start, len(anchors), of=result.mass)
+                products.inner(keys[some], anchors, out=logits)
                 raised = None
                 if pull.floor is not None:
                     raised = logits < pull.floor
                     logits.clamp_(min=pull.floor)
                 _exclude(logits, tile.same, some, own_size=len(own.ids), columns_size=tile.num_columns)
-                weights = _weights(logits, [(None if k is None else k[some], a) for k, a in biases])
+                biases_of_some = [(None if k is None else k[some], a) for k, a in biases]
+                weights = _weights(logits, biases_of_some, memory_of_sum)
                 if raised is not None:
                     weights.masked_fill_(raised, 0.0)
                 products.add_weighted(result.vectors[some], weights, anchors)
@@ -205,25 +213,37 @@ def pulled(pulls: Sequence[Pull], rows: SharedRows, own: Own, products: Products
     return results
 
 
-def _weights(logits: Tensor, biases: Sequence[tuple[Tensor | None, Tensor | None]]) -> Tensor:
-    """Sum over the terms of exp(logits + biases); the last term overwrites the logits."""
-    *others, last = biases
-    total = None
-    for of_key, of_anchor in others:
-        term = logits + _joint(of_key, of_anchor)
-        term.exp_()
-        total = term if total is None else total.add_(term)
-    logits += _joint(*last)
-    logits.exp_()
-    return logits if total is None else total.add_(logits)
+def _weights(logits: Tensor, biases: Sequence[Biases], memory: "_TileMemory") -> Tensor:
+    """Sum over one or two terms of exp(logits + biases); overwrites the logits."""
+    if len(biases) == 1:
+        return _add(logits, biases[0]).exp_()
+    first = memory.tile(len(logits), logits.shape[1], of=logits).copy_(logits)
+    _add(first, biases[0]).exp_()
+    return _add(logits, biases[1]).exp_().add_(first)
 
 
-def _joint(of_key: Tensor | None, of_anchor: Tensor | None) -> Tensor:
-    """Bias of a tile's logits, to be broadcast over what it does not depend on."""
-    if of_key is None or of_anchor is None:
-        assert of_key is not None or of_anchor is not None
-        return of_anchor if of_key is None else of_key[:, None]  # type: ignore[return-value]
-    return of_key[:, None] + of_anchor
+def _add(logits: Tensor, biases: Biases) -> Tensor:
+    """Add the biases to a tile's logits, in place."""
+    of_key, of_anchor = biases
+    if of_key is not None:
+        logits += of_key[:, None]
+    if of_anchor is not None:
+        logits += of_anchor
+    return logits
+
+
+class _TileMemory:
+    """Memory for a tile, used over and over: a new one for every tile costs a CPU as many page faults as it has pages."""
+
+    def __init__(self) -> None:
+        self._numbers = torch.empty(0)
+
+    def tile(self, num_rows: int, num_columns: int, of: Tensor) -> Tensor:
+        """[num_rows, num_columns] numbers of the type and device of `of`, not set; the tile before is overwritten."""
+        count = num_rows * num_columns
+        if len(self._numbers) < count:
+            self._numbers = of.new_empty(count)
+        return self._numbers[:count].view(num_rows, num_columns)
 
 
 class _Pairs(NamedTuple):
