@@ -233,7 +233,7 @@ def _add(logits: Tensor, biases: Biases) -> Tensor:
 
 
 class _TileMemory:
-    """Memory for a tile, used over and over: a new one for every tile costs a CPU as many page faults as it has pages."""
+    """Memory for a tile, used over and over: a CPU would pay for a new one with a page fault every 4 KiB."""
 
     def __init__(self) -> None:
         self._numbers = torch.empty(0)
