@@ -2,7 +2,8 @@
 
     python benchmarks/global_loss.py                       # the table of results/global_loss.md, some minutes
     python benchmarks/global_loss.py --largest 8192        # smaller batches only
-    python benchmarks/global_loss.py --ring                # one share of K = 1 048 576, block by block
+    python benchmarks/global_loss.py --ring                # one share of K = 1 048 576, block by block, too
+    python benchmarks/global_loss.py --row 65536 256 64    # this row again, with K, d and W; the others stay
 
 One process computes what a rank of W does: its b = K / W rows against all K, forward and backward, A-Cont and PoN. The
 rows of the other ranks are drawn beforehand and given to both ways; sending them is not in the times. What the other
@@ -37,8 +38,9 @@ BATCHES = (1024, 4096, 16384, 65536)
 RING_ROWS, RING_BATCH = 256, 1 << 20
 # Autograd keeps about this many matrices of b x K numbers; beyond the limit it is not tried.
 MATRICES, LARGEST_BYTES = 6, 12 << 30
-# Pairs b x K beyond which one repetition is long enough to be timed.
-LONG = 1 << 27
+# Pairs b x K beyond which one step is long enough to be timed, and one turn enough.
+LONG = 1 << 26
+TURNS = 5
 
 
 class OthersGiven(Exchange):
@@ -146,14 +148,40 @@ def in_own_process(*arguments: object) -> dict[str, float]:
     return json.loads(done.stdout)
 
 
-def write(table: list[dict], ring: dict[str, float] | None, device: str, repeats: int) -> None:
+def measured_row(batch: int, dim: int, world_size: int, options: argparse.Namespace) -> dict:
+    """Both ways by turns: medians of the turns, and of the ratios of the two ways in the same turn."""
+    share = batch // world_size
+    ways = ["tiles"] + (["materialised"] if 4 * MATRICES * share * batch <= LARGEST_BYTES else [])
+    is_long = share * batch > LONG
+    turns: dict[str, list[dict[str, float]]] = {way: [] for way in ways}
+    for _ in range(1 if is_long else TURNS):
+        for way in ways:
+            repeats = 1 if is_long else options.repeats
+            turns[way].append(
+                in_own_process(way, batch, dim, world_size, "--repeats", repeats, "--device", options.device)
+            )
+    row: dict = {"K": batch, "d": dim, "W": world_size, "b": share, "tiles": None, "materialised": None}
+    for way, found in turns.items():
+        row[way] = {name: statistics.median(turn[name] for turn in found) for name in ("seconds", "mebibytes")}
+    if len(ways) == 2:
+        pairs = zip(turns["materialised"], turns["tiles"], strict=True)
+        ratios = sorted(plain["seconds"] / tiles["seconds"] for plain, tiles in pairs)
+        row["ratio"] = {"median": statistics.median(ratios), "least": ratios[0], "most": ratios[-1]}
+    return row | {
+        "collectives": 2 if world_size > 1 else 0,
+        "words": share * (2 * dim + 2) + 8,
+        "turns": len(turns["tiles"]),
+    }
+
+
+def write(table: list[dict], ring: dict[str, float] | None, device: str) -> None:
     """results/global_loss.json, .md and .png."""
     machine = torch.cuda.get_device_name() if device == "cuda" else f"{os.cpu_count()} cores, {platform.machine()}"
     conditions = {
         "machine": machine,
         "torch": version("torch"),
         "threads": torch.get_num_threads(),
-        "repeats": repeats,
+        "turns": TURNS,
         "products": "fp32",
     }
     report = {"conditions": conditions, "table": table, "ring": ring}
@@ -163,8 +191,9 @@ def write(table: list[dict], ring: dict[str, float] | None, device: str, repeats
         "",
         f"Written by `benchmarks/global_loss.py` on {machine}, torch {conditions['torch']}, "
         f"{conditions['threads']} threads, fp32: A-Cont and PoN, forward and backward, of b = K / W rows against K "
-        f"of dimension d. Medians of {repeats} (one for the largest), the two ways in turns, in own processes; "
-        "memory is the peak beyond the gathered rows. The machine is shared: compare the ratios.",
+        f"of dimension d. Medians of {TURNS} turns (one for long rows), in each of which both ways run in processes of "
+        "their own; ratio of the two in the same turn: median, least and most. Memory is the peak beyond the gathered "
+        "rows. The machine is shared: compare the ratios.",
         "",
         "A step is one all-gather, of b (2 d) words from each rank, and one exchange, of 2 b + 8; no collective runs "
         "backward. Autograd through a gather sends the gradient of all K rows back besides. Sending is not timed.",
@@ -180,11 +209,18 @@ def write(table: list[dict], ring: dict[str, float] | None, device: str, repeats
                 f"| {tiles['mebibytes']:.0f} | | | {row['words']} |"
             )
             continue
-        lines.append(
-            f"| {row['K']} | {row['d']} | {row['W']} | {row['b']} | {tiles['seconds']:.3f} | {plain['seconds']:.3f} "
-            f"| {plain['seconds'] / tiles['seconds']:.2f} | {tiles['mebibytes']:.0f} | {plain['mebibytes']:.0f} "
-            f"| {tiles['mebibytes'] / max(plain['mebibytes'], 1):.1%} | {row['words']} |"
-        )
+        ratio = row["ratio"]
+        cells = [
+            *(str(row[name]) for name in ("K", "d", "W", "b")),
+            f"{tiles['seconds']:.3f}",
+            f"{plain['seconds']:.3f}",
+            f"{ratio['median']:.2f} ({ratio['least']:.2f} to {ratio['most']:.2f})",
+            f"{tiles['mebibytes']:.0f}",
+            f"{plain['mebibytes']:.0f}",
+            f"{tiles['mebibytes'] / max(plain['mebibytes'], 1):.1%}",
+            str(row["words"]),
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
     if ring:
         lines += [
             "",
@@ -229,6 +265,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--ring", action="store_true", help="measure the share of K = 1 048 576 too")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--row", nargs=3, type=int, metavar=("K", "D", "W"), help="measure one row again")
     parser.add_argument("--one", nargs=4, metavar=("WAY", "K", "D", "W"), help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.one:
@@ -236,31 +273,30 @@ def main() -> None:
         found = measure(way, int(batch), int(dim), int(world_size), options.device, options.repeats)
         print(json.dumps(found))
         return
+    rows = (
+        [tuple(options.row)]
+        if options.row
+        else [
+            (batch, dim, world_size)
+            for dim in (256, 512)
+            for batch in BATCHES
+            if batch <= options.largest
+            for world_size in (1, 8, 64)
+        ]
+    )
     table: list[dict] = []
-    for dim in (256, 512):
-        for batch in (size for size in BATCHES if size <= options.largest):
-            for world_size in (1, 8, 64):
-                share = batch // world_size
-                fits = 4 * MATRICES * share * batch <= LARGEST_BYTES
-                repeats = 1 if share * batch > LONG else options.repeats
-                row = {"K": batch, "d": dim, "W": world_size, "b": share, "tiles": None, "materialised": None}
-                for way in ("tiles", *(["materialised"] if fits else [])):
-                    row[way] = in_own_process(
-                        way, batch, dim, world_size, "--repeats", repeats, "--device", options.device
-                    )
-                row |= {
-                    "collectives": 2 if world_size > 1 else 0,
-                    "words": share * (2 * dim + 2) + 8,
-                    "repeats": repeats,
-                }
-                table.append(row)
-                print(row, flush=True)
-    ring = None
+    for row in rows:
+        table.append(measured_row(*row, options))
+        print(table[-1], flush=True)
+    earlier = json.loads((RESULTS / "global_loss.json").read_text()) if options.row else {"table": [], "ring": None}
+    table = [*(row for row in earlier["table"] if (row["K"], row["d"], row["W"]) not in rows), *table]
+    table.sort(key=lambda row: (row["d"], row["K"], row["W"]))
+    ring = earlier["ring"]
     if options.ring:
         ring = in_own_process(
             "ring", RING_BATCH, 256, RING_BATCH // RING_ROWS, "--repeats", 1, "--device", options.device
         )
-    write(table, ring, options.device, options.repeats)
+    write(table, ring, options.device)
 
 
 if __name__ == "__main__":

@@ -21,7 +21,8 @@ from typing import Any
 
 import numpy as np
 
-from cel_dist.config import AugmentSection, Config, load_config
+from cel_dist.config import AugmentSection, Config
+from cel_dist.config_file import load_config
 from cel_dist.corpus.trials import Utterance, draw_trials, write_trials
 from cel_dist.data.prepare import prepare
 from cel_dist.data.prepare_bank import prepare_bank

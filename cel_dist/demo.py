@@ -12,7 +12,8 @@ from typing import Any
 
 import yaml
 
-from cel_dist.config import Config, load_config
+from cel_dist.config import Config
+from cel_dist.config_file import load_config
 from cel_dist.corpus.split import Split, split_by_speaker
 from cel_dist.corpus.synth import read_corpus, synthesise_corpus
 from cel_dist.description import EncoderDescription, ModelDescription

@@ -9,7 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from cel_dist.config import load_config
+from cel_dist.config_file import load_config
 from cel_dist.data.files import sole_writer
 from cel_dist.distributed import free_port
 from cel_dist.errors import CelError, RunError

@@ -9,7 +9,7 @@ import logging
 import os
 import sys
 
-from cel_dist.config import load_config
+from cel_dist.config_file import load_config
 from cel_dist.distributed import leave_process, let_idle_threads_sleep
 from cel_dist.errors import CelError, RunError
 

@@ -6,8 +6,8 @@ from pathlib import Path
 import numpy as np
 import soundfile
 
+from cel_dist.data.folder import ShardFolder
 from cel_dist.data.prepare import PrepareResult
-from cel_dist.data.shards import ShardFolder
 
 NAMES = ["a b/ü1.wav", "a b/2.FLAC", "c/d.e/3.ogg", *(f"s{number % 3}/{number:03d}.flac" for number in range(4, 21))]
 

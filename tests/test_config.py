@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from cel_dist.config import dump_config, load_config, parse_config
+from cel_dist.config_file import dump_config, load_config, parse_config
 from cel_dist.errors import CelError
 
 PROJECT = Path(__file__).resolve().parent.parent

@@ -3,7 +3,7 @@ import torch
 from torch import nn
 from worlds import run_world
 
-from cel_dist.config import parse_config
+from cel_dist.config_file import parse_config
 from cel_dist.distributed import World
 from cel_dist.losses import EquilibriumLoss
 from cel_dist.training.objective import Objective

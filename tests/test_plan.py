@@ -1,6 +1,11 @@
+import itertools
+import tracemalloc
+
 import numpy as np
 import pytest
 
+from cel_dist.data.index import Index
+from cel_dist.data.permutation import KeyedPermutation
 from cel_dist.data.plan import Plan
 from cel_dist.distributed import World
 from cel_dist.errors import CelError
@@ -9,18 +14,91 @@ SEGMENT = 100
 LENGTHS = np.random.default_rng(0).integers(50, 1000, size=203)
 
 
-def plan(short="drop", batch_size=16, seed=3, lengths=LENGTHS):
-    return Plan(lengths, segment_samples=SEGMENT, batch_size=batch_size, short=short, seed=seed)
+def index_of(lengths, shard_size):
+    """An index of which the plan reads lengths and shards alone."""
+    lengths = np.asarray(lengths)
+    nothing = np.zeros(len(lengths), np.int64)
+    unknown = np.full(len(lengths), -1, np.int32)
+    shard = (np.arange(len(lengths)) // shard_size).astype(np.int32)
+    return Index(shard, nothing, nothing, lengths, unknown, np.zeros(0, np.str_))
+
+
+def plan(short="drop", batch_size=16, seed=3, lengths=LENGTHS, shard_size=10, **options):
+    index = index_of(lengths, shard_size)
+    return Plan(index, segment_samples=SEGMENT, batch_size=batch_size, short=short, seed=seed, **options)
 
 
 def epoch_ids(plan, epoch):
     return np.concatenate([plan.batch(epoch, step).ids for step in range(plan.steps_per_epoch)])
 
 
-def test_an_epoch_takes_every_usable_utterance_at_most_once():
-    ids = epoch_ids(plan(), 0)
-    assert len(set(ids.tolist())) == len(ids) == plan().steps_per_epoch * 16
-    assert (LENGTHS[ids] >= 2 * SEGMENT).all()
+@pytest.mark.parametrize("window", [1, 3, 100])
+@pytest.mark.parametrize("shard_size", [1, 10, 203])
+def test_an_epoch_takes_every_usable_utterance_at_most_once(window, shard_size):
+    ordered = plan(window=window, shard_size=shard_size)
+    for epoch in range(3):
+        ids = epoch_ids(ordered, epoch)
+        assert len(set(ids.tolist())) == len(ids) == ordered.steps_per_epoch * 16
+        assert (LENGTHS[ids] >= 2 * SEGMENT).all()
+
+
+def test_a_batch_of_one_takes_all_that_is_usable():
+    ids = epoch_ids(plan(batch_size=1), 0)
+    assert sorted(ids.tolist()) == plan().usable().tolist() == np.flatnonzero(LENGTHS >= 2 * SEGMENT).tolist()
+
+
+def test_wrapping_fills_the_last_batch_from_the_beginning_of_the_epoch():
+    dropped, wrapped = plan(), plan(remainder="wrap")
+    missing = 16 * wrapped.steps_per_epoch - len(wrapped)
+    assert 0 < missing < 16
+    ids = epoch_ids(wrapped, 1)
+    assert ids[: 16 * dropped.steps_per_epoch].tolist() == epoch_ids(dropped, 1).tolist()
+    assert sorted(ids[: len(wrapped)].tolist()) == wrapped.usable().tolist()
+    assert ids[len(wrapped) :].tolist() == ids[:missing].tolist()
+    assert len(set(ids[-16:].tolist())) == 16
+
+
+def test_an_epoch_goes_through_the_shards_window_by_window():
+    ordered = plan(window=3, batch_size=1)
+    for epoch in range(2):
+        shards = epoch_ids(ordered, epoch) // 10
+        windows = ordered.windows(epoch, 0)
+        position = 0
+        for window in (next(windows) for _ in range(7)):
+            count = int(np.isin(ordered.usable() // 10, window).sum())
+            assert set(shards[position : position + count].tolist()) <= set(window)
+            position += count
+        assert position == len(ordered)
+
+
+def test_the_windows_from_a_step_on_begin_with_the_one_that_the_step_is_in():
+    ordered = plan(window=3, batch_size=16)
+    for step in range(ordered.steps_per_epoch):
+        first = int(ordered.batch(1, step).ids[0]) // 10
+        assert first in next(ordered.windows(1, step))
+    last, following = itertools.islice(ordered.windows(1, ordered.steps_per_epoch - 1), 2)
+    assert following == next(ordered.windows(2, 0)) or len(last) == 3
+
+
+def test_a_batch_lies_in_no_more_shards_than_the_plan_says():
+    for window, batch_size in ((1, 16), (3, 16), (2, 60)):
+        ordered = plan(window=window, batch_size=batch_size)
+        for step in range(ordered.steps_per_epoch):
+            assert len(set((ordered.batch(0, step).ids // 10).tolist())) <= ordered.max_shards_at_once
+
+
+def test_the_memory_of_a_plan_does_not_grow_with_the_utterances():
+    lengths = np.broadcast_to(np.int64(2 * SEGMENT), 10_000_000)
+    index = Index(*(np.broadcast_to(np.int32(0), len(lengths)),) * 3, lengths, lengths, np.zeros(0, np.str_))
+    tracemalloc.start()
+    ordered = Plan(index, segment_samples=SEGMENT, batch_size=1000, short="overlap", seed=0)
+    tracemalloc.reset_peak()
+    before = tracemalloc.get_traced_memory()[0]
+    ids = [ordered.batch(0, step).ids for step in (0, 1, ordered.steps_per_epoch - 1)]
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert len(set(np.concatenate(ids).tolist())) == 3000
+    assert peak - before < 2 << 20
 
 
 def test_order_and_segments_are_functions_of_seed_and_epoch_alone():
@@ -42,11 +120,9 @@ def test_every_epoch_leaves_out_other_utterances():
 
 
 @pytest.mark.parametrize("size", [1, 2, 4])
-def test_ranks_slice_the_same_global_batch(size):
-    whole = plan().batch(2, 3)
-    parts = [whole.rows(World(rank, size).rows(16)) for rank in range(size)]
-    assert (np.concatenate([part.ids for part in parts]) == whole.ids).all()
-    assert (np.concatenate([part.starts for part in parts]) == whole.starts).all()
+def test_the_rows_of_the_ranks_make_up_the_global_batch(size):
+    rows = np.arange(16)
+    assert np.concatenate([rows[World(rank, size).rows(16)] for rank in range(size)]).tolist() == rows.tolist()
 
 
 def test_a_batch_that_does_not_divide_names_the_next_one_that_does():
@@ -112,3 +188,35 @@ def test_a_batch_larger_than_the_data_says_what_to_do():
 def test_there_is_no_step_behind_the_end_of_an_epoch():
     with pytest.raises(IndexError):
         plan().batch(0, plan().steps_per_epoch)
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 5, 16, 17, 1000, 4097])
+def test_a_keyed_permutation_is_one(size):
+    shuffled = KeyedPermutation(size, np.random.default_rng(size))(np.arange(size))
+    assert sorted(shuffled.tolist()) == list(range(size))
+    again = KeyedPermutation(size, np.random.default_rng(size))
+    assert [int(again(np.array([place]))[0]) for place in range(min(size, 20))] == shuffled[:20].tolist()
+
+
+@pytest.mark.parametrize("size", [3, 5, 12])
+def test_keyed_permutations_send_places_everywhere_alike(size):
+    # Where two places go, over many keys: each of the size (size - 1) outcomes equally often, by a chi-squared test.
+    rng, draws = np.random.default_rng(0), 400 * size
+    counts = np.zeros((size, size))
+    for _ in range(draws):
+        first, second = KeyedPermutation(size, rng)(np.array([0, size - 1]))
+        counts[first, second] += 1
+    expected = draws / (size * (size - 1))
+    outcomes = counts[~np.eye(size, dtype=bool)]
+    chi2 = ((outcomes - expected) ** 2 / expected).sum()
+    freedom = len(outcomes) - 1
+    assert np.trace(counts) == 0
+    assert abs(chi2 - freedom) < 4 * np.sqrt(2 * freedom)
+
+
+def test_neighbours_do_not_stay_together():
+    shuffled = KeyedPermutation(100_000, np.random.default_rng(1))(np.arange(100_000))
+    steps = np.abs(np.diff(shuffled))
+    # Of random places the mean distance is a third of the range.
+    assert abs(steps.mean() - 100_000 / 3) < 500
+    assert (steps < 10).mean() < 5e-4

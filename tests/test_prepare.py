@@ -10,8 +10,8 @@ from prepare_corpus import NAMES, contents, descriptions, paths, speaker_of, tab
 from cel_dist.cli.app import run
 from cel_dist.data.audio import read_audio
 from cel_dist.data.check import check_shards
+from cel_dist.data.folder import ShardFolder
 from cel_dist.data.prepare import prepare
-from cel_dist.data.shards import ShardFolder
 from cel_dist.errors import CelError
 
 

@@ -14,8 +14,8 @@ import soundfile
 from prepare_corpus import NAMES, contents, paths, speaker_of, table, voice, write_corpus
 
 from cel_dist.data.check import check_shards
+from cel_dist.data.folder import ShardFolder
 from cel_dist.data.prepare import prepare
-from cel_dist.data.shards import ShardFolder
 from cel_dist.errors import CelError, RunError
 
 

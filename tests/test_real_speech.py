@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from cel_dist.config import Config, dump_config, load_config
+from cel_dist.config import Config
+from cel_dist.config_file import dump_config, load_config
 from cel_dist.description import EncoderDescription, ModelDescription, Provenance
 from cel_dist.evaluation import evaluate
 from cel_dist.model import SpeakerModel

@@ -12,7 +12,8 @@ import torch
 from training_runs import CEL, ENVIRONMENT, losses, records, train_job, write_config
 from worlds import run_world
 
-from cel_dist.config import Config, load_config
+from cel_dist.config import Config
+from cel_dist.config_file import load_config
 from cel_dist.errors import CelError
 from cel_dist.model import load_model
 from cel_dist.tracking import Tracker

@@ -12,10 +12,10 @@ import torch
 from training_runs import ENVIRONMENT, losses, records, train_and_name_threads, train_job, write_config
 from worlds import run_world
 
-from cel_dist.config import load_config
+from cel_dist.config_file import load_config
 from cel_dist.data.files import sole_writer
+from cel_dist.data.folder import ShardFolder
 from cel_dist.data.plan import Plan
-from cel_dist.data.shards import ShardFolder
 from cel_dist.distributed import free_port
 from cel_dist.errors import CelError, RunError
 from cel_dist.launcher import launch

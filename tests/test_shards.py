@@ -10,7 +10,9 @@ import pytest
 
 from cel_dist.data.audio import encode_audio, read_audio
 from cel_dist.data.check import check, check_shards
-from cel_dist.data.shards import Index, Manifest, ShardFolder, Utterance, scan_shard, write_shard
+from cel_dist.data.folder import ShardFolder
+from cel_dist.data.index import Index
+from cel_dist.data.shards import Manifest, Utterance, scan_shard, write_shard
 from cel_dist.errors import CelError
 
 BLOCK = 512

@@ -16,7 +16,8 @@ import numpy as np
 import pytest
 import torch
 
-from cel_dist.config import Config, parse_config
+from cel_dist.config import Config
+from cel_dist.config_file import parse_config
 from cel_dist.description import EncoderDescription, ModelDescription
 from cel_dist.distributed import free_port
 from cel_dist.encoders import build_encoder

@@ -37,7 +37,7 @@ def write_config(corpus: Any, folder: Path, name: str = "run", **sections: dict[
 
 def train_job(config, overrides=(), resume="auto"):
     """Train in the world of the environment; the outcome as a dict, or the failure as a line."""
-    from cel_dist.config import load_config
+    from cel_dist.config_file import load_config
     from cel_dist.errors import CelError, RunError
     from cel_dist.training.trainer import train
 

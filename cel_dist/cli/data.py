@@ -94,11 +94,19 @@ def check(
         Path, typer.Argument(metavar="SHARDS", help="Folder that 'cel prepare' wrote: shards or a bank.")
     ],
     workers: Annotated[int | None, typer.Option(help="Processes.", show_default="all cores")] = None,
+    index: Annotated[
+        bool,
+        typer.Option("--index", help="First write the index anew from the tars; makes a manifest if there is none."),
+    ] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Verify counts, checksums and audio of a folder of shards or a bank; exit 1 if there is any fault."""
     from cel_dist.data.check import check as find_faults
+    from cel_dist.data.reindex import rebuild_index
 
+    if index:
+        with progress_bar("Indexing") as progress:
+            rebuild_index(folder, workers=workers, progress=progress)
     with progress_bar("Checking") as progress:
         faults = find_faults(folder, workers=workers, progress=progress)
     lines = [str(fault) for fault in faults[:_FAULTS_SHOWN]]

@@ -25,7 +25,7 @@ def train(
     if nproc is None and hostfile is None:
         from dataclasses import asdict
 
-        from cel_dist.config import load_config
+        from cel_dist.config_file import load_config
         from cel_dist.training.trainer import train as train_here
 
         summary = asdict(train_here(load_config(config, overrides or []), resume))

@@ -1,14 +1,22 @@
 """The tar of a shard, read without trust: whatever tar readers pass over in silence is a fault here."""
 
+import bz2
+import gzip
 import json
+import lzma
 import os
 import tarfile
-from collections.abc import Iterator
-from typing import NamedTuple
+import tempfile
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any, NamedTuple
 
 from cel_dist.data.audio import SAMPLE_RATE
 
 _BLOCK = tarfile.BLOCKSIZE
+_OPENERS: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
 
 
 class ShardFaultError(Exception):
@@ -75,6 +83,47 @@ class Entry(NamedTuple):
     """Length that the sample's JSON states."""
     speaker: str | None
     """Speaker that it names, if it does."""
+
+
+def unpack(packed: Path, suffix: str, plain: IO[bytes]) -> None:
+    """Write the tar inside a compressed file.
+
+    Args:
+        packed: the compressed file.
+        suffix: `.gz`, `.bz2` or `.xz`, whatever the file is called.
+        plain: where the tar goes.
+
+    Raises:
+        ShardFaultError: the file is cut or damaged.
+        OSError: it cannot be read, or `plain` cannot be written.
+    """
+    with _OPENERS[suffix](packed, "rb") as stream:
+        while True:
+            try:
+                block = stream.read(1 << 20)
+            except (EOFError, lzma.LZMAError, gzip.BadGzipFile, zlib.error) as error:
+                raise ShardFaultError(f"cannot be unpacked: {error}") from None
+            except OSError as error:
+                # bz2 has no exception of its own for damage.
+                if error.errno is not None:
+                    raise
+                raise ShardFaultError(f"cannot be unpacked: {error}") from None
+            if not block:
+                return
+            plain.write(block)
+
+
+@contextmanager
+def opened_tar(path: Path) -> Iterator[int]:
+    """A descriptor of a shard as a plain tar, unpacked into a temporary file if need be. Raises as `unpack` does."""
+    if path.suffix not in _OPENERS:
+        with open(path, "rb") as file:
+            yield file.fileno()
+        return
+    with tempfile.TemporaryFile() as plain:
+        unpack(path, path.suffix, plain)
+        plain.flush()
+        yield plain.fileno()
 
 
 def entries(descriptor: int) -> Iterator[Entry]:

@@ -6,13 +6,15 @@ from contextlib import closing
 from pathlib import Path
 from typing import NamedTuple
 
-from cel_dist.data.archive import Entry, ShardFaultError, entries
+from cel_dist.data.archive import Entry, ShardFaultError, entries, opened_tar
 from cel_dist.data.audio import AudioFormat, stored_form_fault
 from cel_dist.data.bank import BANK_NAME, Bank, BankManifest, category_path
 from cel_dist.data.files import leftovers, sha256_of
+from cel_dist.data.folder import index_disagreements
+from cel_dist.data.index import INDEX_NAME, Index, ShardRows
 from cel_dist.data.pool import run_jobs
 from cel_dist.data.rejects import Progress
-from cel_dist.data.shards import INDEX_NAME, MANIFEST_NAME, Index, Manifest, ShardFolder, ShardRecord, ShardRows
+from cel_dist.data.shards import MANIFEST_NAME, Manifest, ShardRecord, shard_paths
 from cel_dist.errors import CelError
 
 
@@ -67,7 +69,7 @@ def check_shards(folder: str | Path, *, workers: int | None = None, progress: Pr
     """
     folder = Path(folder)
     faults = [Fault(path.name, None, "left by an interrupted run") for path in leftovers(folder)]
-    tars = {path.name for path in folder.glob("*.tar")}
+    tars = {path.name for path in shard_paths(folder)}
     try:
         manifest = Manifest.load(folder)
     except CelError as error:
@@ -97,7 +99,9 @@ def _load_index(folder: Path, manifest: Manifest) -> tuple[Index | None, list[Fa
         index = Index.load(folder)
     except CelError as error:
         return None, [Fault(INDEX_NAME, None, str(error))]
-    problems = list(ShardFolder(folder, manifest, index).index_disagreements())
+    if manifest.index_sha256 not in (None, sha256_of(folder / INDEX_NAME)):
+        return None, [Fault(INDEX_NAME, None, "its sha256 is not the one in the manifest")]
+    problems = list(index_disagreements(str(folder), manifest, index))
     return (None if problems else index), [Fault(INDEX_NAME, None, problem) for problem in problems]
 
 
@@ -123,10 +127,10 @@ def check_shard(job: _ShardCheck) -> tuple[list[Fault], list[str]]:
             faults.append(Fault(name, None, f"has {size} bytes, the manifest says {job.record.bytes}"))
         elif sha256_of(path) != job.record.sha256:
             faults.append(Fault(name, None, "its sha256 is not the one in the manifest"))
-        with open(path, "rb") as file:
-            for number, entry in enumerate(entries(file.fileno())):
+        with opened_tar(path) as descriptor:
+            for number, entry in enumerate(entries(descriptor)):
                 keys.append(entry.key)
-                reason = _entry_fault(job, number, entry, file.fileno())
+                reason = _entry_fault(job, number, entry, descriptor)
                 if reason is not None:
                     faults.append(Fault(name, entry.key, reason))
     except OSError as error:

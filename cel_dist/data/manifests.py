@@ -30,17 +30,24 @@ class FolderManifest(BaseModel):
         """
         path = folder / cls.file_name
         try:
-            return cls.model_validate_json(path.read_bytes())
+            content = path.read_bytes()
         except OSError as error:
             raise CelError(
                 f"cannot read {path}: {error.strerror}; {folder} is not a finished {cls.kind}, run '{cls.writer} "
                 f"--out {folder}' (again, if it was interrupted)"
             ) from None
+        return cls.parse(content, str(path))
+
+    @classmethod
+    def parse(cls, content: bytes, name: str) -> Self:
+        """Read a manifest's content; `name` stands for it in the message. Raises CelError as `load` does."""
+        try:
+            return cls.model_validate_json(content)
         except ValidationError as error:
             detail = error.errors()[0]
             where = ".".join(str(part) for part in detail["loc"]) or "content"
             raise CelError(
-                f"{path} is not a {cls.kind} that this version reads ({where}: {detail['msg'].lower()}); "
+                f"{name} is not a {cls.kind} that this version reads ({where}: {detail['msg'].lower()}); "
                 f"run '{cls.writer}' into a new folder"
             ) from None
 

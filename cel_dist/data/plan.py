@@ -1,19 +1,30 @@
-"""Which utterances form a global batch, and where their segments lie: a pure function of (seed, epoch, step)."""
+"""Which utterances form a global batch, and where their segments lie: a pure function of (seed, epoch, step).
 
+An epoch permutes the shards, takes them by windows of so many, and permutes the utterances inside a window. A rank on a
+remote or slow store thus reads few shards at a time, each once an epoch; `cel prepare` has shuffled globally before.
+Both permutations are computed, not stored, so that the memory of a plan grows with the number of shards alone.
+"""
+
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 
+from cel_dist.data.index import Index
+from cel_dist.data.permutation import KeyedPermutation
 from cel_dist.data.randomness import Purpose, generator
 from cel_dist.errors import CelError
 
 ShortPolicy = Literal["drop", "overlap", "repeat"]
+Remainder = Literal["drop", "wrap"]
+Integers = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True)
 class PlannedBatch:
-    """A global batch, or some rows of one.
+    """A global batch.
 
     Attributes:
         epoch: epoch the batch belongs to, from 0.
@@ -25,65 +36,89 @@ class PlannedBatch:
 
     epoch: int
     step: int
-    ids: np.ndarray
-    starts: np.ndarray
+    ids: Integers
+    starts: Integers
 
-    def rows(self, rows: slice) -> "PlannedBatch":
-        """The same batch, cut to `rows`."""
-        return PlannedBatch(self.epoch, self.step, self.ids[rows], self.starts[rows])
+
+class _Epoch(NamedTuple):
+    """Shards in the order of an epoch [S], the usable utterances before each of them [S + 1], and the same at the
+    first shard of every window and at the end [windows + 1]."""
+
+    shards: Integers
+    before: Integers
+    windows: Integers
 
 
 class Plan:
-    """The order of all epochs over N utterances.
+    """The order of all epochs over N utterances in S shards.
 
-    Every utterance that is long enough appears at most once an epoch. The remainder that does not fill a batch is left
-    out of that epoch; the order of the next one leaves out others. Ranks and workers only slice what this class
+    Every utterance that is long enough appears at most once an epoch. Ranks and workers only slice what this class
     returns, so they never change it.
 
     Args:
-        num_samples: [N] int64, length of each utterance in audio samples.
+        index: the utterances. Their lengths and shards are read; who speaks is not.
         segment_samples: length T of a segment in audio samples.
         batch_size: utterances K in a global batch.
         short: what happens to utterances shorter than 2 T. `drop` leaves them out. `overlap` lets their two segments
             overlap, no more than they must, and leaves out what is shorter than T. `repeat` repeats their audio until
             two segments fit.
         seed: seed of order and segments.
+        window: shards that are shuffled together.
+        remainder: what happens to the end of an epoch that does not fill a batch. `drop` leaves it out of this epoch;
+            the order of the next one leaves out others. `wrap` fills the batch up from the beginning of the epoch.
 
     Raises:
         CelError: fewer usable utterances than one batch holds.
     """
 
     def __init__(
-        self, num_samples: np.ndarray, *, segment_samples: int, batch_size: int, short: ShortPolicy, seed: int
+        self,
+        index: Index,
+        *,
+        segment_samples: int,
+        batch_size: int,
+        short: ShortPolicy,
+        seed: int,
+        window: int = 16,
+        remainder: Remainder = "drop",
     ) -> None:
         self.segment_samples = segment_samples
         self.batch_size = batch_size
         self.short = short
         self.seed = seed
-        self._num_samples = np.asarray(num_samples, dtype=np.int64)
-        is_short = self._num_samples < 2 * segment_samples
-        shortest = {"drop": 2 * segment_samples, "overlap": segment_samples, "repeat": 1}[short]
-        self._usable = np.flatnonzero(self._num_samples >= shortest)
-        self.num_short = int(is_short.sum())
-        self.num_dropped = len(self._num_samples) - len(self._usable)
-        self.steps_per_epoch = len(self._usable) // batch_size
+        self._window = window
+        self._index = index
+        self._shortest = {"drop": 2 * segment_samples, "overlap": segment_samples, "repeat": 1}[short]
+        # Shard by shard: a mask over all utterances may be larger than the memory.
+        by_shard = [index.samples[part] for part in map(self._shard, range(self.num_shards))]
+        self._counts = np.array([np.count_nonzero(part >= self._shortest) for part in by_shard], np.int64)
+        self.num_short = sum(int(np.count_nonzero(part < 2 * segment_samples)) for part in by_shard)
+        self._num_usable = int(self._counts.sum())
+        self.num_dropped = len(index) - self._num_usable
+        self.steps_per_epoch = self._num_usable // batch_size
         if self.steps_per_epoch == 0:
             raise CelError(
-                f"train.batch_size={batch_size} is larger than the data: {len(self._usable)} of "
-                f"{len(self._num_samples)} utterances are long enough (data.short={short}, two segments are "
+                f"train.batch_size={batch_size} is larger than the data: {self._num_usable} of "
+                f"{len(index)} utterances are long enough (data.short={short}, two segments are "
                 f"{2 * segment_samples / 16000:.2f} s); "
                 "lower the batch size, prepare more audio, or set data.short=overlap or repeat"
             )
-        self._order: tuple[int, np.ndarray] | None = None
+        if remainder == "wrap":
+            self.steps_per_epoch = -(-self._num_usable // batch_size)
+        self._orders: dict[int, _Epoch] = {}
 
     @property
-    def usable(self) -> np.ndarray:
-        """[n] int64, ids of the utterances that are drawn."""
-        return self._usable
+    def num_shards(self) -> int:
+        """Number of shards S."""
+        return len(self._index.shard_starts) - 1
+
+    def usable(self) -> Integers:
+        """[n] int64, ids of the utterances that are drawn; made anew at every call."""
+        return np.flatnonzero(self._index.samples >= self._shortest)
 
     def __len__(self) -> int:
         """Number of usable utterances."""
-        return len(self._usable)
+        return self._num_usable
 
     def batch(self, epoch: int, step: int) -> PlannedBatch:
         """The global batch at a step of an epoch.
@@ -93,16 +128,66 @@ class Plan:
         """
         if not 0 <= step < self.steps_per_epoch:
             raise IndexError(f"step {step} of an epoch of {self.steps_per_epoch} steps")
-        ids = self._epoch_order(epoch)[step * self.batch_size : (step + 1) * self.batch_size]
+        positions = np.arange(step * self.batch_size, (step + 1) * self.batch_size) % self._num_usable
+        ids = self._ids(epoch, positions)
         return PlannedBatch(epoch, step, ids, self._starts(ids, epoch, step))
 
-    def _epoch_order(self, epoch: int) -> np.ndarray:
-        if self._order is None or self._order[0] != epoch:
-            self._order = (epoch, generator(self.seed, Purpose.ORDER, epoch).permutation(self._usable))
-        return self._order[1]
+    def windows(self, epoch: int, step: int) -> Iterator[list[int]]:
+        """The shards of the window that a step begins in, of the next one, and so on through all epochs."""
+        position = step * self.batch_size
+        while True:
+            order = self._order(epoch)
+            first = int(np.searchsorted(order.windows, position, side="right")) - 1
+            for number in range(first, len(order.windows) - 1):
+                yield order.shards[number * self._window : (number + 1) * self._window].tolist()
+            epoch, position = epoch + 1, 0
 
-    def _starts(self, ids: np.ndarray, epoch: int, step: int) -> np.ndarray:
-        length, segment = self._num_samples[ids], self.segment_samples
+    @property
+    def max_shards_at_once(self) -> int:
+        """Most shards that a batch lies in, and those of the next window."""
+        smallest = max(1, int(np.sort(self._counts)[: self._window].sum()))
+        windows = 2 + -(-self.batch_size // smallest)
+        return min(windows * self._window, self.num_shards)
+
+    def _ids(self, epoch: int, positions: Integers) -> Integers:
+        order = self._order(epoch)
+        windows = np.searchsorted(order.windows, positions, side="right") - 1
+        places = np.empty_like(positions)
+        for number in np.unique(windows).tolist():
+            inside = windows == number
+            first, end = order.windows[number : number + 2].tolist()
+            # Place 0 of the epoch's generator is that of the shards.
+            keys = generator(self.seed, Purpose.ORDER, epoch, number + 1)
+            places[inside] = first + KeyedPermutation(end - first, keys)(positions[inside] - first)
+        slots = np.searchsorted(order.before, places, side="right") - 1
+        return self._select(order.shards[slots], places - order.before[slots])
+
+    def _order(self, epoch: int) -> _Epoch:
+        if epoch not in self._orders:
+            permutation = KeyedPermutation(self.num_shards, generator(self.seed, Purpose.ORDER, epoch))
+            shards = permutation(np.arange(self.num_shards))
+            before = np.concatenate([[0], np.cumsum(self._counts[shards])])
+            windows = np.append(before[: -1 : self._window], before[-1])
+            # At the end of an epoch the next one is looked at, too.
+            self._orders = {number: order for number, order in self._orders.items() if abs(number - epoch) == 1}
+            self._orders[epoch] = _Epoch(shards, before, windows)
+        return self._orders[epoch]
+
+    def _select(self, shards: Integers, numbers: Integers) -> Integers:
+        """Ids of the usable utterances with these numbers in their shards."""
+        ids = self._index.shard_starts[shards] + numbers
+        for shard in np.unique(shards[self._counts[shards] < np.diff(self._index.shard_starts)[shards]]).tolist():
+            part = self._shard(shard)
+            usable = part.start + np.flatnonzero(self._index.samples[part] >= self._shortest)
+            inside = shards == shard
+            ids[inside] = usable[numbers[inside]]
+        return ids
+
+    def _shard(self, shard: int) -> slice:
+        return slice(*self._index.shard_starts[shard : shard + 2].tolist())
+
+    def _starts(self, ids: Integers, epoch: int, step: int) -> Integers:
+        length, segment = self._index.samples[ids], self.segment_samples
         draw = generator(self.seed, Purpose.SEGMENTS, epoch, step)
         fractions = np.sort(draw.random((len(ids), 2)), axis=1)
         second_first = draw.random(len(ids)) < 0.5
@@ -112,5 +197,5 @@ class Plan:
         slack = length - 2 * segment
         starts = np.floor(fractions * (np.maximum(slack, 0) + 1)[:, None]).astype(np.int64)
         starts[:, 1] += np.where(slack < 0, length - segment, segment)
-        ordered: np.ndarray = np.where(second_first[:, None], starts[:, ::-1], starts)
+        ordered: Integers = np.where(second_first[:, None], starts[:, ::-1], starts)
         return ordered

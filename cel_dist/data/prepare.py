@@ -22,19 +22,12 @@ import numpy as np
 
 from cel_dist.data.audio import SAMPLE_RATE, AudioFormat, encode_audio
 from cel_dist.data.bank import BANK_NAME
-from cel_dist.data.files import atomic_write, leftovers, require_folder_or_nothing, sole_writer, writing_into
+from cel_dist.data.files import atomic_write, leftovers, require_folder_or_nothing, sha256_of, sole_writer, writing_into
+from cel_dist.data.folder import ShardFolder
+from cel_dist.data.index import INDEX_NAME, Index, ShardRows
 from cel_dist.data.pool import run_jobs
 from cel_dist.data.rejects import REJECTS_NAME, Progress, Reject, read_usable, write_rejects
-from cel_dist.data.shards import (
-    MANIFEST_NAME,
-    Index,
-    Manifest,
-    ShardFolder,
-    ShardRecord,
-    ShardRows,
-    Utterance,
-    write_shard,
-)
+from cel_dist.data.shards import MANIFEST_NAME, Manifest, ShardRecord, Utterance, write_shard
 from cel_dist.data.sources import find_audio, read_labels, read_list, stamp
 from cel_dist.errors import CelError
 
@@ -362,6 +355,7 @@ def _finalise(out: Path, description: JobDescription, outcomes: Sequence[ShardOu
         samples=len(index),
         seconds=int(index.samples.sum()) / SAMPLE_RATE,
         rejected=len(rejects),
+        index_sha256=sha256_of(out / INDEX_NAME),
         shards=records,
     )
     manifest.save(out)

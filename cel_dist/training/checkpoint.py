@@ -22,7 +22,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from cel_dist.config import Config, load_config
+from cel_dist.config import Config
+from cel_dist.config_file import load_config
 from cel_dist.data.files import atomic_write, sync
 from cel_dist.distributed import World
 from cel_dist.engine import Engine

@@ -7,8 +7,8 @@ from pathlib import Path
 from cel_dist.config import Config
 from cel_dist.data.augment import Augment
 from cel_dist.data.bank import Bank
+from cel_dist.data.folder import DEFAULT_CACHE, Access, ShardFolder
 from cel_dist.data.plan import Plan
-from cel_dist.data.shards import ShardFolder
 from cel_dist.distributed import World
 from cel_dist.errors import CelError
 from cel_dist.evaluation.embed import file_sizes
@@ -42,13 +42,24 @@ def preflight(config: Config, num_ranks: int | None, resume: str) -> Checked:
     if num_ranks is not None:
         World(size=num_ranks).rows(config.train.batch_size)
     _require_usable_folder(config.run.dir)
-    shards = ShardFolder.open(config.data.shards)
+    data = config.data
+    shards = ShardFolder.open(
+        data.shards,
+        Access(
+            verify=data.verify == "sha256",
+            cache=data.cache_dir or DEFAULT_CACHE,
+            cache_bytes=round(data.cache_gib * 2**30),
+            patience=data.patience_seconds,
+        ),
+    )
     plan = Plan(
-        shards.index.samples,
+        shards.index,
         segment_samples=config.segment_samples,
         batch_size=config.train.batch_size,
-        short=config.data.short,
+        short=data.short,
         seed=config.train.seed,
+        window=data.window_shards,
+        remainder=data.remainder,
     )
     bank = Bank.open(config.data.bank) if config.data.bank else None
     Augment(config.augment, bank, config.train.seed)

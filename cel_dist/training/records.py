@@ -37,6 +37,7 @@ class Interval:
         self._false_negatives: list[float] = []
         self._utterances = 0
         self._waited = 0.0
+        self._faults = 0
         self._begin = time.perf_counter()
 
     def add(
@@ -46,6 +47,7 @@ class Interval:
         *,
         utterances: int,
         waited: float,
+        faults: int = 0,
         false_negatives: float | None = None,
     ) -> None:
         """Count a step.
@@ -55,6 +57,7 @@ class Interval:
             gradient_norm: scalar.
             utterances: number of them in the global batch.
             waited: seconds spent waiting for data.
+            faults: utterances of the global batch that could not be read.
             false_negatives: their true rate, if it is known.
         """
         if false_negatives is not None:
@@ -62,6 +65,7 @@ class Interval:
         self._values.append(torch.stack([*(value.detach().float() for value in output), gradient_norm.float()]))
         self._utterances += utterances
         self._waited += waited
+        self._faults += faults
 
     def summary(self) -> dict[str, float]:
         """Means of the losses, and the speed of the interval in wall-clock time."""
@@ -72,6 +76,7 @@ class Interval:
             **dict(zip([*LossOutput._fields, "grad_norm"], means, strict=True)),
             "utterances_per_second": self._utterances / seconds,
             "data_wait": self._waited / seconds,
+            "faults": self._faults,
             **({"false_negatives": sum(rates) / len(rates)} if rates else {}),
         }
 

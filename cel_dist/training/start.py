@@ -22,7 +22,13 @@ logger = logging.getLogger(__name__)
 # Settings, or whole sections, that a run may change when it goes on.
 _FREE = (
     "checkpoint",
+    "data.cache_dir",
+    "data.cache_gib",
+    "data.max_fault_rate",
     "data.num_speakers",
+    "data.patience_seconds",
+    "data.prefetch_mib",
+    "data.verify",
     "data.workers",
     "eval",
     "loss.exchange",

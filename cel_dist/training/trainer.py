@@ -15,10 +15,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cel_dist.config import Config, dump_config
-from cel_dist.data.augment import Augment
+from cel_dist.config import Config
+from cel_dist.config_file import dump_config
 from cel_dist.data.files import atomic_write, sole_writer
-from cel_dist.data.stream import SegmentBatch, SegmentStream
 from cel_dist.description import EncoderDescription, ModelDescription, Provenance
 from cel_dist.distributed import World
 from cel_dist.encoders.batch_norm import with_global_batch_norm
@@ -26,12 +25,11 @@ from cel_dist.engine import Engine, start_process_group, stop_process_group
 from cel_dist.errors import CelError, RunError
 from cel_dist.evaluation import Evaluation, evaluate
 from cel_dist.evaluation.embed import raised_together
-from cel_dist.features import LogMel
 from cel_dist.losses import EquilibriumLoss
 from cel_dist.model import SpeakerModel
 from cel_dist.tracking import Tracker
+from cel_dist.training.batches import Batches, TrainBatch
 from cel_dist.training.checkpoint import CheckpointStore
-from cel_dist.training.false_negatives import FalseNegatives
 from cel_dist.training.objective import Objective, initial_encoder, new_encoder
 from cel_dist.training.preflight import Checked, preflight
 from cel_dist.training.records import Interval, Records, writing
@@ -101,13 +99,8 @@ class Trainer:
         self.config, self.world, self.device = config, world, device
         self.run_dir = config.run.dir
         self.config_text = dump_config(config)
-        self.rows = world.rows(config.train.batch_size)
-
         self.plan = checked.plan
-        self.stream = SegmentStream(checked.shards, self.plan, self.rows, config.data.workers)
-        self.false_negatives = FalseNegatives(checked.shards.index.speaker, self.plan.usable, config.data.num_speakers)
-        self.augment = Augment(config.augment, checked.bank, config.train.seed)
-        self.features = LogMel().to(device)
+        self.batches = Batches(config, checked, world, device)
         with raised_together(world):
             # Again, because another run may have written into the folder before this one held it.
             start = find_start(config, steps_per_epoch=self.plan.steps_per_epoch, num_ranks=world.size, resume=resume)
@@ -138,8 +131,7 @@ class Trainer:
         )
         if start.checkpoint is not None:
             self.engine.load(start.checkpoint)
-            epoch, step = divmod(self.state.step, self.plan.steps_per_epoch)
-            self.stream.load_state_dict({"epoch": epoch, "step": step})
+            self.batches.seek(self.state.step)
         self.checkpoints.retire_after(self.state.step)
         self.records: Records | None = None
         self.tracker: Tracker | None = None
@@ -184,24 +176,21 @@ class Trainer:
             status = "KILLED"
             raise
         finally:
-            self.stream.close()
+            self.batches.close()
             if self.tracker:
                 self.tracker.finish(status)
 
     def train_step(self, interval: Interval) -> None:
-        """Fetch, augment, forward and backward, check, update."""
+        """Fetch and augment, forward and backward, check, update."""
         with raised_together(self.world):
-            waiting = time.perf_counter()
-            batch = next(self.stream)
-            waited = time.perf_counter() - waiting
-
+            batch = next(self.batches)
         try:
-            output = self.engine.forward_backward(self._features(batch), batch.ids.to(self.device))
+            output = self.engine.forward_backward(batch.features, batch.ids)
         except CelError as error:
             # Embeddings of no use, on any rank; all ranks hear of them alike.
             raise self._stopped(batch, str(error)) from None
         gradient_norm = self.engine.gradient_norm()
-        self._check_finite(output.loss, gradient_norm, batch)
+        num_faults = self._check_finite(output.loss, gradient_norm, batch)
         self.engine.step(
             learning_rate(
                 self.config.optim,
@@ -215,36 +204,29 @@ class Trainer:
             output,
             gradient_norm,
             utterances=self.config.train.batch_size,
-            waited=waited,
-            false_negatives=self._false_negatives(batch),
+            waited=batch.waited,
+            faults=num_faults,
+            false_negatives=batch.false_negatives,
         )
 
-    def _false_negatives(self, batch: SegmentBatch) -> float | None:
-        """True rate in the global batch, where speakers are known; only the process that records it needs it."""
-        if not self.world.is_main:
-            return None
-        return self.false_negatives.rate(self.plan.batch(batch.epoch, batch.step).ids)
+    def _check_finite(self, loss: Tensor, gradient_norm: Tensor, batch: TrainBatch) -> int:
+        """Stop all ranks, before the optimizer is touched, if the loss or the gradient of one of them is not finite.
 
-    @torch.no_grad()
-    def _features(self, batch: SegmentBatch) -> Tensor:
-        segments = batch.segments.to(self.device, non_blocking=True)
-        waves = self.augment(
-            segments, epoch=batch.epoch, step=batch.step, rows=self.rows, batch_size=self.config.train.batch_size
+        Returns:
+            The utterances of the global batch that could not be read.
+        """
+        values = torch.stack(
+            [loss.detach().double(), gradient_norm.double(), loss.new_tensor(batch.num_faults).double()]
         )
-        features: Tensor = self.features(waves.flatten(0, 1))
-        return features.reshape(*waves.shape[:2], *features.shape[1:])
-
-    def _check_finite(self, loss: Tensor, gradient_norm: Tensor, batch: SegmentBatch) -> None:
-        """Stop all ranks, before the optimizer is touched, if the loss or the gradient of one of them is not finite."""
-        values = torch.stack([loss.detach().double(), gradient_norm.double()])
         # A sum is finite only where every term is.
         torch.distributed.all_reduce(values)
-        mean_loss, mean_norm = (values / self.world.size).tolist()
+        sum_of_losses, sum_of_norms, num_faults = values.tolist()
+        mean_loss, mean_norm = sum_of_losses / self.world.size, sum_of_norms / self.world.size
         if math.isfinite(mean_loss) and math.isfinite(mean_norm):
-            return
+            return int(num_faults)
         raise self._stopped(batch, f"loss {mean_loss}, gradient norm {mean_norm}")
 
-    def _stopped(self, batch: SegmentBatch, reason: str) -> RunError:
+    def _stopped(self, batch: TrainBatch, reason: str) -> RunError:
         last = self.checkpoints.last()
         advice = (
             f"the last good state is {last}; go on from it in another run.dir, with --resume {last} and"
@@ -338,8 +320,8 @@ class Trainer:
         with raised_together(self.world):
             if self.records:
                 values = {**interval.summary(), **scalars, "lr": rate}
-                if self.false_negatives.expected is not None:
-                    values["false_negatives_expected"] = self.false_negatives.expected
+                if self.batches.false_negatives.expected is not None:
+                    values["false_negatives_expected"] = self.batches.false_negatives.expected
                 self.records.write_interval(step=self.state.step, epoch=self._epoch(), values=values)
 
     def _open_records(self) -> None:

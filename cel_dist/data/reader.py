@@ -1,0 +1,171 @@
+"""Segments cut out of shards, reading no more of them than that needs."""
+
+import os
+import tarfile
+from collections import OrderedDict
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from cel_dist.data.audio import WAV_HEADER_BYTES, AudioError, read_segments, wav_header
+from cel_dist.data.folder import ShardFolder
+from cel_dist.data.plan import Plan, PlannedBatch
+from cel_dist.data.shard_files import ShardUnavailableError
+from cel_dist.errors import RunError
+
+
+class SampleFault(NamedTuple):
+    """An utterance that could not be read: its shard, its key if that is known, and why."""
+
+    shard: str
+    key: str | None
+    reason: str
+
+    def __str__(self) -> str:
+        return f"shard {self.shard}{'' if self.key is None else f', sample {self.key}'}: {self.reason}"
+
+
+@dataclass(frozen=True)
+class ReadBatch:
+    """Some rows of a planned batch, read.
+
+    Attributes:
+        ids: [B] int64, the utterances that were read.
+        segments: [B, 2, T] int16.
+        faults: utterances of the plan that could not be read, and have others in their places.
+    """
+
+    ids: npt.NDArray[np.int64]
+    segments: npt.NDArray[np.int16]
+    faults: tuple[SampleFault, ...]
+
+
+class SegmentReader:
+    """Reads planned batches. It may be handed to other processes: they open the shards again.
+
+    Args:
+        shards: where the utterances lie.
+        plan: the order in which they will be asked for.
+
+    Raises:
+        CelError: the cache has no room for the shards of a batch.
+    """
+
+    def __init__(self, shards: ShardFolder, plan: Plan) -> None:
+        self._shards, self._plan = shards, plan
+        self._files, self._index = shards.files, shards.index
+        self._is_wav = shards.manifest.audio_format == "wav"
+        self._open: OrderedDict[int, int] = OrderedDict()
+        self._expected: list[int] = []
+        self._files.require_room(plan.max_shards_at_once)
+
+    def read(self, planned: PlannedBatch, rows: slice) -> ReadBatch:
+        """Read the two segments of some utterances of a planned batch.
+
+        In the place of an utterance that cannot be read comes the next one of the global batch that can, so that the
+        global batch is the same for any number of ranks. Both have one id, by which the loss knows a duplicate.
+
+        Raises:
+            RunError: no utterance of the batch can be read, or nothing can before something is put right here.
+        """
+        self._expect(planned)
+        numbers = np.arange(len(planned.ids))[rows]
+        ids = planned.ids[rows]
+        segments = np.empty((len(ids), 2, self._plan.segment_samples), dtype=np.int16)
+        faults: dict[int, SampleFault] = {}
+        # In the order of the bytes: it spares a disk the seeks, and one shard after the other is open.
+        for place in np.lexsort((self._index.offset[ids], self._index.shard[ids])).tolist():
+            fault = self._read_pair(planned, int(numbers[place]), segments[place])
+            if fault is not None:
+                faults[place] = fault
+        if faults:
+            ids = ids.copy()
+            for place in sorted(faults):
+                ids[place] = self._read_next(planned, int(numbers[place]), segments[place])
+        return ReadBatch(ids, segments, tuple(faults[place] for place in sorted(faults)))
+
+    def _expect(self, planned: PlannedBatch) -> None:
+        windows = self._plan.windows(planned.epoch, planned.step)
+        expected = [*next(windows), *next(windows)]
+        if expected != self._expected:
+            self._files.expect(expected)
+            self._expected = expected
+
+    def _read_next(self, planned: PlannedBatch, number: int, segments: npt.NDArray[np.int16]) -> int:
+        """Read the first utterance behind row `number` that can be read, and return its id."""
+        for further in range(1, len(planned.ids)):
+            other = (number + further) % len(planned.ids)
+            fault = self._read_pair(planned, other, segments)
+            if fault is None:
+                return int(planned.ids[other])
+        raise RunError(
+            f"no utterance of epoch {planned.epoch}, step {planned.step} can be read; the last: {fault}; run "
+            f"'cel check {self._shards.location}'"
+        )
+
+    def _read_pair(self, planned: PlannedBatch, number: int, segments: npt.NDArray[np.int16]) -> SampleFault | None:
+        """Read both segments `[2, T]` of a row of the batch."""
+        sample = int(planned.ids[number])
+        shard = int(self._index.shard[sample])
+        name = self._shards.manifest.shards[shard].name
+        offset = int(self._index.offset[sample])
+        descriptor = None
+        try:
+            descriptor = self._descriptor(shard)
+            self._cut(descriptor, sample, planned.starts[number].tolist(), segments)
+        except ShardUnavailableError as error:
+            return SampleFault(name, None, str(error))
+        except (OSError, AudioError) as error:
+            key = None if descriptor is None else _key_before(descriptor, offset)
+            return SampleFault(name, key, f"the audio at byte {offset} cannot be read ({error})")
+        return None
+
+    def _cut(self, descriptor: int, sample: int, starts: list[int], segments: npt.NDArray[np.int16]) -> None:
+        offset, size, length = (
+            int(column[sample]) for column in (self._index.offset, self._index.size, self._index.samples)
+        )
+        wanted = self._plan.segment_samples
+        # Only the `repeat` policy plans a segment over the end of the audio: it goes round.
+        goes_round = max(starts) + wanted > length
+        ranges = [(0, length)] if goes_round else [(start, wanted) for start in starts]
+        if self._is_wav and size == WAV_HEADER_BYTES + 2 * length:
+            # Other WAVs of this size have the same header; where it differs, the index belongs to another tar.
+            if _pread(descriptor, WAV_HEADER_BYTES, offset) != wav_header(length):
+                raise AudioError("unreadable", "its header is not that of a WAV of the length in the index")
+            first = offset + WAV_HEADER_BYTES
+            parts = [np.frombuffer(_pread(descriptor, 2 * n, first + 2 * start), "<i2") for start, n in ranges]
+        else:
+            parts = read_segments(_pread(descriptor, size, offset), ranges)
+        if goes_round:
+            parts = [np.take(parts[0], np.arange(start, start + wanted), mode="wrap") for start in starts]
+        segments[:] = parts
+
+    def _descriptor(self, shard: int) -> int:
+        if shard not in self._open:
+            if len(self._open) >= self._files.max_open:
+                os.close(self._open.popitem(last=False)[1])
+            self._open[shard] = self._files.open(shard)
+        self._open.move_to_end(shard)
+        return self._open[shard]
+
+    def __getstate__(self) -> dict[str, Any]:
+        # File descriptors mean nothing in another process.
+        return {**self.__dict__, "_open": OrderedDict(), "_expected": []}
+
+
+def _pread(descriptor: int, size: int, offset: int) -> bytes:
+    data = os.pread(descriptor, size, offset)
+    if len(data) != size:
+        raise AudioError("unreadable", f"{len(data)} of {size} bytes are there")
+    return data
+
+
+def _key_before(descriptor: int, offset: int) -> str | None:
+    """The key in the tar header before a member's data, if that is one."""
+    try:
+        header = os.pread(descriptor, tarfile.BLOCKSIZE, offset - tarfile.BLOCKSIZE)
+        return tarfile.TarInfo.frombuf(header, "utf-8", "surrogateescape").name.partition(".")[0]
+    except (OSError, tarfile.HeaderError):
+        return None

@@ -1,0 +1,110 @@
+"""What a training step begins with: features of this rank's rows of the next global batch."""
+
+import logging
+import time
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from cel_dist.config import Config
+from cel_dist.data.augment import Augment
+from cel_dist.data.stream import SegmentBatch, SegmentStream
+from cel_dist.distributed import World
+from cel_dist.features import LogMel
+from cel_dist.training.false_negatives import FalseNegatives
+from cel_dist.training.preflight import Checked
+
+logger = logging.getLogger(__name__)
+
+# Beyond it a damaged shard would fill the log; the count goes on in the metrics.
+_FAULTS_SHOWN = 20
+
+
+class TrainBatch(NamedTuple):
+    """This rank's rows of a global batch, augmented, on the training device.
+
+    Attributes:
+        epoch: epoch of the batch.
+        step: step of the batch in its epoch.
+        ids: [B] int64 sample ids.
+        features: [B, V, 40, F].
+        num_faults: rows whose utterance could not be read, so that another one is in its place.
+        waited: seconds spent waiting for the readers.
+        false_negatives: their true rate in the global batch; None where speakers are not known, and on ranks other than
+            0.
+    """
+
+    epoch: int
+    step: int
+    ids: Tensor
+    features: Tensor
+    num_faults: int
+    waited: float
+    false_negatives: float | None
+
+
+class Batches:
+    """Endless iterator over the batches of this rank.
+
+    Args:
+        config: the run.
+        checked: its data, opened.
+        world: rank and size.
+        device: where augmentation and features are computed.
+    """
+
+    def __init__(self, config: Config, checked: Checked, world: World, device: torch.device) -> None:
+        self._plan, self._world, self._device = checked.plan, world, device
+        self._rows = world.rows(config.train.batch_size)
+        self.stream = SegmentStream(
+            checked.shards,
+            checked.plan,
+            self._rows,
+            config.data.workers,
+            prefetch_bytes=round(config.data.prefetch_mib * 2**20),
+            max_fault_rate=config.data.max_fault_rate,
+        )
+        speakers = checked.shards.index.speaker
+        self.false_negatives = FalseNegatives(speakers, checked.plan.usable(), config.data.num_speakers)
+        self._augment = Augment(config.augment, checked.bank, config.train.seed)
+        self._features = LogMel().to(device)
+        self._num_faults = 0
+
+    def seek(self, step: int) -> None:
+        """Let the batch of a step of the whole run, counted from 0, come next."""
+        epoch, step_of_epoch = divmod(step, self._plan.steps_per_epoch)
+        self.stream.load_state_dict({"epoch": epoch, "step": step_of_epoch})
+
+    def __iter__(self) -> "Batches":
+        return self
+
+    @torch.no_grad()
+    def __next__(self) -> TrainBatch:
+        """The next batch. Raises RunError as `SegmentStream` does."""
+        begin = time.perf_counter()
+        batch = next(self.stream)
+        waited = time.perf_counter() - begin
+        self._report(batch)
+        rate = None
+        if self._world.is_main:
+            rate = self.false_negatives.rate(self._plan.batch(batch.epoch, batch.step).ids)
+        segments = batch.segments.to(self._device, non_blocking=True)
+        waves = self._augment(
+            segments, epoch=batch.epoch, step=batch.step, rows=self._rows, batch_size=self._plan.batch_size
+        )
+        features: Tensor = self._features(waves.flatten(0, 1)).unflatten(0, waves.shape[:2])
+        ids = batch.ids.to(self._device)
+        return TrainBatch(batch.epoch, batch.step, ids, features, len(batch.faults), waited, rate)
+
+    def close(self) -> None:
+        """End the reader processes."""
+        self.stream.close()
+
+    def _report(self, batch: SegmentBatch) -> None:
+        for fault in batch.faults:
+            self._num_faults += 1
+            if self._num_faults <= _FAULTS_SHOWN:
+                logger.warning("skipped: %s", fault)
+            if self._num_faults == _FAULTS_SHOWN:
+                logger.warning("further utterances that cannot be read are only counted, as 'faults' in the metrics")
