@@ -141,8 +141,8 @@ class SegmentStream:
                 raise
             named = ", ".join(f"{reader.pid} (exit code {reader.exitcode})" for reader in dead)
             raise RunError(
-                f"reader process {named} died ({type(error).__name__}), often for want of memory or room in /dev/shm; run "
-                "the same command again, with fewer data.workers or a lower data.prefetch_mib"
+                f"reader process {named} died ({type(error).__name__}), often for want of memory or room in /dev/shm; "
+                "run the same command again, with fewer data.workers or a lower data.prefetch_mib"
             ) from None
         if isinstance(batch, RunError):
             raise batch
