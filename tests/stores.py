@@ -15,6 +15,8 @@ from pathlib import Path
 
 import pytest
 
+from cel_dist.distributed import free_port
+
 _NGINX = """
 daemon off;
 {user}
@@ -29,11 +31,6 @@ http {{
     server {{ listen 127.0.0.1:{port}; root {root}; {options} }}
 }}
 """
-
-
-def free_port() -> int:
-    with closing(socket.create_server(("127.0.0.1", 0))) as server:
-        return int(server.getsockname()[1])
 
 
 def _wait_for(port: int, process: subprocess.Popen, log: Path) -> None:

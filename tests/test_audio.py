@@ -11,7 +11,7 @@ from cel_dist.data.audio import (
     AudioError,
     encode_audio,
     read_audio,
-    read_segment,
+    read_segments,
     require_usable,
     stored_form_fault,
 )
@@ -134,25 +134,32 @@ def wav_with_a_chunk_before_the_data(samples: np.ndarray) -> bytes:
 def test_a_segment_equals_that_part_of_the_whole(kind: str) -> None:
     samples = noise(2.0)
     data = wav_with_a_chunk_before_the_data(samples) if " " in kind else encode_audio(samples, kind)
-    for start, length in ((0, 32_000), (0, 1), (7001, 16_001), (31_999, 1)):
-        for source in (data, memoryview(data)):
-            segment = read_segment(source, start, length)
+    ranges = [(7001, 16_001), (0, 32_000), (0, 1), (31_999, 1)]
+    for source in (data, memoryview(data)):
+        for (start, length), segment in zip(ranges, read_segments(source, ranges), strict=True):
             assert segment.dtype == np.int16
             np.testing.assert_array_equal(segment, samples[start : start + length])
     for start, length in ((16_000, 16_001), (-1, 10), (32_000, 1)):
         with pytest.raises(AudioError, match="32000"):
-            read_segment(data, start, length)
+            read_segments(data, [(0, 1), (start, length)])
 
 
 def test_a_segment_of_a_damaged_file_is_an_error_not_noise() -> None:
     data = encode_audio(noise(2.0), "wav")
     with pytest.raises(AudioError):
-        read_segment(data[:20_000], 8_000, 8_000)
+        read_segments(data[:20_000], [(8_000, 8_000)])
     with pytest.raises(AudioError):
-        read_segment(b"RIFF", 0, 1)
+        read_segments(b"RIFF", [(0, 1)])
     flac = encode_audio(noise(2.0), "flac")
     with pytest.raises(AudioError):
-        read_segment(flac[: len(flac) // 2], 24_000, 8_000)
+        read_segments(flac[: len(flac) // 2], [(24_000, 8_000)])
+
+
+def test_a_flipped_byte_in_flac_is_an_error() -> None:
+    flac = bytearray(encode_audio(noise(2.0), "flac"))
+    flac[len(flac) // 2] ^= 1
+    with pytest.raises(AudioError):
+        read_segments(bytes(flac), [(0, 32_000)])
 
 
 def test_a_stored_member_of_another_form_is_a_fault(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -77,20 +78,29 @@ def test_a_tracking_server_that_only_rank_0_asks_stops_all_ranks_alike(config, t
     assert second == first
 
 
-def test_audio_that_one_rank_cannot_read_stops_all_ranks(config, small_corpus, tmp_path):
-    folder = ShardFolder.open(shutil.copytree(small_corpus.shards, tmp_path / "shards"))
-    index, settings = folder.index, load_config(config(data={"shards": str(folder.folder)}))
-    plan = Plan(
-        index.samples, segment_samples=settings.segment_samples, batch_size=8, short=settings.data.short, seed=0
-    )
+def train_tolerant_then_strict(tolerant, strict):
+    return train_job(tolerant), *train_and_name_threads(strict)
+
+
+def test_audio_that_one_rank_cannot_read_is_counted_by_all_or_stops_all(config, small_corpus, tmp_path):
+    folder = Path(shutil.copytree(small_corpus.shards, tmp_path / "shards"))
+    shards, settings = ShardFolder.open(folder), load_config(config(data={"shards": str(folder)}))
+    index = shards.index
+    plan = Plan(index, segment_samples=settings.segment_samples, batch_size=8, short=settings.data.short, seed=0)
     # The last row of the second step belongs to rank 1.
     sample = plan.batch(0, 1).ids[-1]
-    with folder.shard_path(int(index.shard[sample])).open("r+b") as shard:
+    with (folder / shards.manifest.shards[index.shard[sample]].name).open("r+b") as shard:
         shard.seek(int(index.offset[sample]))
         shard.write(bytes(int(index.size[sample])))
-    file = config(data={"shards": str(folder.folder)})
-    (first, threads), (second, _) = run_world(2, train_and_name_threads, file, folder=tmp_path / "world")
-    assert first.startswith("RunError: rank 1 failed: shard ")
+    # One of the 20 utterances of an epoch that are a rank's.
+    tolerant = config(name="tolerant", data={"shards": str(folder), "max_fault_rate": 1 / 20})
+    strict = config(data={"shards": str(folder), "max_fault_rate": 0.0})
+    ranks = run_world(2, train_tolerant_then_strict, tolerant, strict, folder=tmp_path / "world")
+    assert [result["steps"] for result, *_ in ranks] == [5, 5]
+    assert [row["faults"] for row in records(tmp_path / "tolerant")] == [0, 1, 0, 0, 0]
+    (_, first, threads), (_, second, _) = ranks
+    assert first.startswith("RunError: rank 1 failed: 1 utterances of epoch 0 could not be read")
+    assert f"sample {sample:09d}" in first
     assert first.removeprefix("RunError: rank 1 failed: ") == second.removeprefix("RunError: ")
     assert set(losses(tmp_path / "run")) == {1}
     # One that is left when the interpreter ends may abort the process, whatever its outcome was.

@@ -9,14 +9,14 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 from readers import readers_of
 from stores import nginx
-from streaming_job import line_of, open_stream
+from streaming_job import lines
 
 from cel_dist.data.prepare import prepare
 
-KILLS = 21
-BATCHES = 300
+BATCHES = 200
 
 
 def downloader_of(cache: Path) -> int | None:
@@ -33,46 +33,57 @@ def downloader_of(cache: Path) -> int | None:
 
 
 def victim(job: subprocess.Popen, cache: Path, kind: str) -> int:
-    """A process to kill; the job itself where there is no such one at the moment."""
-    if kind == "downloader":
-        return downloader_of(cache) or job.pid
-    readers = readers_of(job.pid)
-    return readers[-1] if kind == "reader" and readers else job.pid
+    """A process of the job to kill, as soon as there is one of this kind."""
+    while job.poll() is None:
+        if kind == "reader" and (readers := readers_of(job.pid)):
+            return readers[-1]
+        downloader = downloader_of(cache)
+        if kind == "downloader" and downloader is not None and psutil.Process(downloader).parents():
+            return downloader
+        time.sleep(0.01)
+    raise AssertionError(f"no {kind}: {job.stderr.read()}")
+
+
+# Without reader processes the job downloads for itself, at any moment. With them, it starts in seconds.
+KILLS = [(0, "job")] * 15 + [(2, "reader"), (2, "downloader"), (2, "job")] * 2
 
 
 def test_twenty_kills_lose_nothing_and_repeat_nothing(small_corpus, tmp_path):
     shards = tmp_path / "shards"
     prepare(small_corpus.audio, shards, samples_per_shard=5, workers=1)
-    expected = [line_of(batch) for batch in itertools.islice(open_stream(shards, tmp_path, 0), BATCHES)]
+    expected = list(itertools.islice(lines(shards, tmp_path), BATCHES))
     log, cache = tmp_path / "log", tmp_path / "cache"
     log.touch()
     rng = random.Random(0)
-    killed = {"job": 0, "reader": 0, "downloader": 0}
+    assert len(KILLS) > 20
     # So slow that downloads are on their way most of the time.
-    with nginx(shards, tmp_path / "nginx", "limit_rate 1500k;") as server:
+    with nginx(shards, tmp_path / "nginx", "limit_rate 300k;") as server:
         program = Path(__file__).with_name("streaming_job.py")
         # The last start is left to read to the end.
-        for number in range(KILLS + 1):
-            workers = (0, 1, 2)[number % 3]
+        for workers, kind in [*KILLS, (1, None)]:
             command = [sys.executable, program, server.url, cache, workers, log, BATCHES]
             job = subprocess.Popen([str(part) for part in command], stderr=subprocess.PIPE, text=True)
             try:
-                if number < KILLS:
-                    kind = rng.choice(list(killed))
-                    time.sleep(rng.uniform(1.0, 4.0))
+                pid = None
+                if kind == "job":
+                    time.sleep(rng.uniform(0.4, 1.6) + 2.0 * workers)
+                    pid = job.pid
+                elif kind:
                     pid = victim(job, cache, kind)
+                    time.sleep(rng.uniform(0.0, 0.3))
+                if pid:
                     os.kill(pid, signal.SIGKILL)
-                    killed["job" if pid == job.pid else kind] += 1
-                    _, errors = job.communicate(timeout=10)
-                    # A job that lost a reader says so.
-                    assert pid == job.pid or (job.returncode == 1 and f"{pid}" in errors), errors
-                else:
-                    _, errors = job.communicate(timeout=60)
-                    assert job.returncode == 0, errors
+                _, errors = job.communicate(timeout=60 if pid is None else 15)
+                expected_code = {None: 0, job.pid: -signal.SIGKILL}.get(pid, 1)
+                assert job.returncode == expected_code, errors
+                # A job that lost a reader names it.
+                assert expected_code != 1 or f"reader process {pid} " in errors, errors
             finally:
                 job.kill()
                 job.wait()
             done = log.read_text().splitlines(keepends=True)
             assert done == expected[: len(done)]
+            # What was fetched goes now and then, so that there is more to fetch.
+            for path in list(cache.glob("*.tar"))[: rng.randrange(4)]:
+                path.unlink()
     assert done == expected
-    assert min(killed.values()) > 0

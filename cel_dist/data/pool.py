@@ -66,7 +66,14 @@ def run_jobs(
 def _begin_worker() -> None:
     # Ctrl-C reaches the workers too: they end their job, which removes its temporary file, without a traceback each.
     signal.signal(signal.SIGINT, lambda number, frame: sys.exit(128 + number))
-    # A pool worker waits for work for ever when its parent is killed: nothing closes its end of the queue.
+    end_with_parent()
+
+
+def end_with_parent() -> None:
+    """Let this process, started by multiprocessing, end at once when the one that started it is gone.
+
+    Otherwise it waits for work for ever, or goes on with what nobody will take: nothing closes its end of the queue.
+    """
     parent = multiprocessing.parent_process()
     assert parent is not None
 

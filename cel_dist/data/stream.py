@@ -14,6 +14,7 @@ from torch import Tensor
 
 from cel_dist.data.folder import ShardFolder
 from cel_dist.data.plan import Plan, PlannedBatch
+from cel_dist.data.pool import end_with_parent
 from cel_dist.data.reader import SampleFault, SegmentReader
 from cel_dist.errors import RunError
 
@@ -68,6 +69,10 @@ class _ReadOrReport:
             yield SegmentBatch(
                 planned.epoch, planned.step, torch.from_numpy(read.ids), torch.from_numpy(read.segments), read.faults
             )
+
+
+def _begin_reader(number: int) -> None:
+    end_with_parent()
 
 
 class SegmentStream:
@@ -140,11 +145,13 @@ class SegmentStream:
             if not dead:
                 raise
             named = ", ".join(f"{reader.pid} (exit code {reader.exitcode})" for reader in dead)
+            self.close()
             raise RunError(
                 f"reader process {named} died ({type(error).__name__}), often for want of memory or room in /dev/shm; "
                 "run the same command again, with fewer data.workers or a lower data.prefetch_mib"
             ) from None
         if isinstance(batch, RunError):
+            self.close()
             raise batch
         assert (batch.epoch, batch.step) == (self._epoch, self._step), "readers out of step"
         self._count(batch)
@@ -154,13 +161,17 @@ class SegmentStream:
 
     def close(self) -> None:
         """End the reader processes."""
-        self._batches = None
+        # They hold nothing that must be put away; asked politely, one in the middle of a download takes its time.
+        for reader in self._readers:
+            reader.terminate()
+        self._batches, self._readers = None, []
 
     def _count(self, batch: SegmentBatch) -> None:
         if batch.step == 0:
             self._faults_of_epoch = 0
         self._faults_of_epoch += len(batch.faults)
         if self._faults_of_epoch > self._allowed_faults:
+            self.close()
             raise RunError(
                 f"{self._faults_of_epoch} utterances of epoch {batch.epoch} could not be read, data.max_fault_rate "
                 f"allows {self._allowed_faults} of the {self._rows_per_epoch} of a rank; the last: {batch.faults[-1]}; "
@@ -185,4 +196,5 @@ class SegmentStream:
             num_workers=self._num_workers,
             prefetch_factor=self._prefetch_batches,
             multiprocessing_context=context,
+            worker_init_fn=_begin_reader,
         )
