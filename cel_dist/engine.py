@@ -3,6 +3,7 @@
 import gc
 import logging
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -37,7 +38,9 @@ def start_process_group(world: World) -> torch.device:
     if world.size == 1:
         os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
         os.environ.setdefault("MASTER_PORT", str(free_port()))
-    import deepspeed
+    # DeepSpeed's autotuner, which is not used, imports mlflow where it can: two seconds of every rank's start.
+    with _hidden("mlflow"):
+        import deepspeed
 
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     # Left alone, DeepSpeed compiles a shared-memory all-reduce for a minute when it first starts on a CPU. Gloo has
@@ -53,6 +56,19 @@ def start_process_group(world: World) -> torch.device:
             raise CelError(f"port {where} is in use; choose another one (MASTER_PORT, or --master_port)") from None
         raise CelError(f"no connection to the main process at {where}: {str(error).splitlines()[0]}") from None
     return device
+
+
+@contextmanager
+def _hidden(package: str) -> Iterator[None]:
+    """Let an import of a package fail within the block, unless it is there already."""
+    if package in sys.modules:
+        yield
+        return
+    sys.modules[package] = None  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        del sys.modules[package]
 
 
 def stop_process_group() -> None:

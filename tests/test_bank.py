@@ -1,5 +1,6 @@
 import json
 import pickle
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +11,7 @@ import soundfile
 
 from cel_dist.cli.app import run
 from cel_dist.data.audio import read_audio
-from cel_dist.data.bank import Bank
+from cel_dist.data.bank import Bank, BankManifest, CategoryRecord
 from cel_dist.data.check import check
 from cel_dist.data.prepare_bank import category_of, prepare_bank
 from cel_dist.errors import CelError
@@ -218,3 +219,27 @@ def test_reading_a_bank_or_preparing_loads_neither_torch_nor_webdataset() -> Non
         "sys.exit(bool({'torch', 'webdataset'} & set(sys.modules)))"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def resident_kib() -> int:
+    """Memory of this process that no file backs."""
+    return int(re.search(r"RssAnon:\s+(\d+)", Path("/proc/self/status").read_text())[1])
+
+
+def test_a_bank_of_a_hundred_hours_is_opened_without_reading_it(tmp_path: Path) -> None:
+    # The size of MUSAN, 109 h in clips of 3 minutes, in a file of holes.
+    clips = 2180
+    samples = 109 * 3600 * 16_000 // clips
+    with (tmp_path / "noise.i16").open("wb") as file:
+        file.truncate(2 * clips * samples)
+    np.savez(tmp_path / "clips.npz", noise=np.full(clips, samples))
+    record = CategoryRecord(clips=clips, seconds=109 * 3600, bytes=2 * clips * samples, sha256="0" * 64)
+    BankManifest(job="", rejected=0, skipped=0, categories={"noise": record}).save(tmp_path)
+    before = resident_kib()
+    noise = Bank.open(tmp_path).clips("noise")
+    windows = noise.crop(np.arange(0, clips, 20), np.linspace(0, 0.999, clips // 20), 29_040)
+    assert windows.shape == (109, 29_040)
+    # The windows take 6 MiB.
+    assert resident_kib() - before < 16 << 10
+    copy = pickle.loads(pickle.dumps(Bank.open(tmp_path)))
+    assert len(pickle.dumps(copy)) < 1000

@@ -101,7 +101,7 @@ def test_a_resumed_run_is_bit_identical_to_an_uninterrupted_one(config, tmp_path
 
 def test_checkpoints_are_kept_as_configured_and_unfinished_ones_do_not_count(config, tmp_path):
     file = config(train={"max_steps": 4}, checkpoint={"every_steps": 1, "keep_last": 2})
-    [(_, threads)] = run_world(1, train_and_name_threads, file, folder=tmp_path / "1")
+    [(_, threads, _)] = run_world(1, train_and_name_threads, file, folder=tmp_path / "1")
     assert not [name for name in threads if "gloo" in name]
     folder = tmp_path / "run" / "checkpoints"
     assert sorted(path.name for path in folder.iterdir()) == ["step-00000003", "step-00000004"]

@@ -48,9 +48,13 @@ def train_job(config, overrides=(), resume="auto"):
 
 
 def train_and_name_threads(config, overrides=()):
-    """`train_job`, and the names of the threads that are there afterwards."""
+    """`train_job`, the names of the threads that are there afterwards, and whether MLflow was loaded."""
     outcome = train_job(config, overrides)
-    return outcome, [path.read_text().strip() for path in Path("/proc/self/task").glob("*/comm")]
+    return (
+        outcome,
+        [path.read_text().strip() for path in Path("/proc/self/task").glob("*/comm")],
+        "mlflow" in sys.modules,
+    )
 
 
 def records(run: Path, name: str = "metrics.jsonl"):

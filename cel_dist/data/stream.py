@@ -164,6 +164,8 @@ class SegmentStream:
         # They hold nothing that must be put away; asked politely, one in the middle of a download takes its time.
         for reader in self._readers:
             reader.terminate()
+        for reader in self._readers:
+            reader.join(timeout=5)
         self._batches, self._readers = None, []
 
     def _count(self, batch: SegmentBatch) -> None:
