@@ -191,9 +191,9 @@ def write(table: list[dict], ring: dict[str, float] | None, device: str) -> None
         "",
         f"Written by `benchmarks/global_loss.py` on {machine}, torch {conditions['torch']}, "
         f"{conditions['threads']} threads, fp32: A-Cont and PoN, forward and backward, of b = K / W rows against K "
-        f"of dimension d. Medians of {TURNS} turns (one for long rows), in each of which both ways run in processes of "
-        "their own; ratio of the two in the same turn: median, least and most. Memory is the peak beyond the gathered "
-        "rows. The machine is shared: compare the ratios.",
+        "of dimension d. In a turn both ways run, one after the other, in own processes. Rows whose ratio has a "
+        f"range are medians of {TURNS} turns, the others one turn. Memory is the peak beyond the gathered rows. The "
+        "machine is shared: compare the ratios.",
         "",
         "A step is one all-gather, of b (2 d) words from each rank, and one exchange, of 2 b + 8; no collective runs "
         "backward. Autograd through a gather sends the gradient of all K rows back besides. Sending is not timed.",
@@ -214,7 +214,7 @@ def write(table: list[dict], ring: dict[str, float] | None, device: str) -> None
             *(str(row[name]) for name in ("K", "d", "W", "b")),
             f"{tiles['seconds']:.3f}",
             f"{plain['seconds']:.3f}",
-            f"{ratio['median']:.2f} ({ratio['least']:.2f} to {ratio['most']:.2f})",
+            f"{ratio['median']:.2f}" + (f" ({ratio['least']:.2f} to {ratio['most']:.2f})" if row["turns"] > 1 else ""),
             f"{tiles['mebibytes']:.0f}",
             f"{plain['mebibytes']:.0f}",
             f"{tiles['mebibytes'] / max(plain['mebibytes'], 1):.1%}",
