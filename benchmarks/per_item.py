@@ -34,10 +34,11 @@ class PerItem(torch.utils.data.Dataset):
         pieces: folder of WAV files below noise/, speech/, music/ and rir/; None leaves the segments as they are cut.
     """
 
-    def __init__(self, files: list[Path], segment_samples: int, pieces: Path | None = None) -> None:
-        self._files = [str(path) for path in files]
+    def __init__(self, files: list[str], segment_samples: int, pieces: Path | None = None) -> None:
+        self._files = files
         self._segment_samples = segment_samples
-        self._augment = None if pieces is None else PieceAugment(pieces)
+        self._random = np.random.default_rng(0)
+        self._augment = None if pieces is None else PieceAugment(pieces, self._random)
         self._features = None if pieces is None else PerItemLogMel()
 
     def __len__(self) -> int:
@@ -45,18 +46,18 @@ class PerItem(torch.utils.data.Dataset):
 
     def __getitem__(self, number: int) -> Tensor:
         audio, _ = soundfile.read(self._files[number], dtype="int16")
-        segments = two_segments(audio, self._segment_samples)
+        segments = two_segments(audio, self._segment_samples, self._random)
         if self._augment is None or self._features is None:
             return torch.from_numpy(segments)
         augmented = np.stack([self._augment(segment.astype(np.float64)) for segment in segments])
         return self._features(torch.from_numpy(augmented.astype(np.float32)))
 
 
-def two_segments(audio: np.ndarray, samples: int) -> np.ndarray:
+def two_segments(audio: np.ndarray, samples: int, random: np.random.Generator) -> np.ndarray:
     """Two segments that do not overlap, in random order: int16 `[2, T]`."""
-    first, second = np.sort(np.random.randint(0, len(audio) - 2 * samples + 1, 2))
+    first, second = np.sort(random.integers(0, len(audio) - 2 * samples + 1, 2))
     segments = np.stack([audio[first : first + samples], audio[second + samples : second + 2 * samples]])
-    return segments[::-1].copy() if np.random.random() < 0.5 else segments
+    return segments[::-1].copy() if random.random() < 0.5 else segments
 
 
 class Piece(NamedTuple):
@@ -69,13 +70,14 @@ class Piece(NamedTuple):
 class PieceAugment:
     """A room and a noise for one segment [T] on int16 scale, drawn anew at every call."""
 
-    def __init__(self, pieces: Path) -> None:
+    def __init__(self, pieces: Path, random: np.random.Generator) -> None:
+        self._random = random
         self._noises = {kind: _files_below(pieces / kind) for kind in SNR_DB}
         self._rooms = _files_below(pieces / "rir")
 
     def __call__(self, segment: np.ndarray) -> np.ndarray:
-        response, _ = soundfile.read(_any_of(self._rooms))
-        gain = 10 ** (0.1 * np.random.uniform(*ROOM_GAIN_DB))
+        response, _ = soundfile.read(self._any_of(self._rooms))
+        gain = 10 ** (0.1 * self._random.uniform(*ROOM_GAIN_DB))
         response = gain * response / np.sqrt(np.sum(response**2))
         wet = signal.convolve(segment, response, mode="full")[: len(segment)]
         noise = self._draw_noise(len(segment))
@@ -84,10 +86,13 @@ class PieceAugment:
         return wet + np.sqrt(speech_power / noise_power * 10 ** (-0.1 * noise.snr_db)) * noise.audio
 
     def _draw_noise(self, samples: int) -> Piece:
-        kind = _any_of(list(SNR_DB))
-        audio, _ = soundfile.read(_any_of(self._noises[kind]), dtype="int16")
-        start = np.random.randint(0, len(audio) - samples + 1)
-        return Piece(audio[start : start + samples].astype(np.float64), np.random.uniform(*SNR_DB[kind]))
+        kind = self._any_of(list(SNR_DB))
+        audio, _ = soundfile.read(self._any_of(self._noises[kind]), dtype="int16")
+        start = self._random.integers(0, len(audio) - samples + 1)
+        return Piece(audio[start : start + samples].astype(np.float64), self._random.uniform(*SNR_DB[kind]))
+
+    def _any_of(self, values: list[str]) -> str:
+        return values[self._random.integers(len(values))]
 
 
 class PerItemLogMel:
@@ -104,13 +109,9 @@ def per_item_loader(
     tree: Path, segment_samples: int, batch_size: int, pieces: Path | None = None
 ) -> torch.utils.data.DataLoader:
     """Batches of items in random order, read in this process."""
-    dataset = PerItem([Path(path) for path in _files_below(tree)], segment_samples, pieces)
-    return torch.utils.data.DataLoader(dataset, batch_size, shuffle=True)
+    dataset = PerItem(_files_below(tree), segment_samples, pieces)
+    return torch.utils.data.DataLoader(dataset, batch_size, shuffle=True, generator=torch.Generator().manual_seed(0))
 
 
 def _files_below(folder: Path) -> list[str]:
     return sorted(str(path) for path in folder.rglob("*.*"))
-
-
-def _any_of(values: list[str]) -> str:
-    return values[np.random.randint(len(values))]
