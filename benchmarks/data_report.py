@@ -87,8 +87,9 @@ def _head(conditions: Mapping) -> list[str]:
 def _rates(table: list[Mapping]) -> list[str]:
     lines = [
         "Pairs a second and core count the time that all threads of the process spent on a core, pairs a second what "
-        "passed. Read is what the process read from files, over HTTP with the check of what came; fetched is what came "
-        "from the server. Features are those of segments augmented by profile 3. The per-item approach (`per_item.py`) "
+        "passed; between them lies the wait for the disk, the server and other work on the machine. Read is what the "
+        "process read from files, over HTTP with the check of what came; fetched is what came from the server. "
+        "Features are those of segments augmented by profile 3. The per-item approach (`per_item.py`) "
         "decodes whole files, and for features reads a room and a noise a segment, which the bank has mapped.",
         "",
         "| from | format | to | pairs/s a core | pairs/s | KiB read a pair | KiB fetched a pair | KiB of a member |",
@@ -113,8 +114,9 @@ def _ratios(ratios: list[Mapping]) -> list[str]:
     lines = [
         "Ratio of pairs a second and core, local shards over the per-item approach in the same turn. A reader process "
         "stops at int16, because the training device does the rest; a worker of the per-item approach does all: these "
-        "are the first two rows. From FLAC to the same int16, all that can be saved is the decoding of what lies "
-        "outside the two segments.",
+        "are the first two rows, and the aims of 20 and 3 are theirs. In the next two both sides stop at int16. No "
+        "such gain can be had there: copying two segments into a batch is a good part of reading a short WAV, and of "
+        "FLAC all that can be saved is the decoding of what lies outside the segments.",
         "",
         "| format | shards to | per item to | ratio | least | most | aim |",
         "| --- | --- | --- | ---: | ---: | ---: | ---: |",
