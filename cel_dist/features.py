@@ -14,6 +14,9 @@ MIN_SAMPLES = 257
 
 _FFT = 512
 _WINDOW = 400
+# Samples that a CPU works on at once. Spectra of more do not stay in its caches, and the allocator asks the system for
+# their memory anew at every call; both cost more than the arithmetic.
+_CPU_SAMPLES = 1 << 18
 
 
 def segment_samples(frames: int) -> int:
@@ -41,21 +44,17 @@ class LogMel(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         try:
-            from torchaudio.transforms import MelSpectrogram
+            from torchaudio.transforms import MelScale, Spectrogram
         except (ImportError, OSError) as error:
             raise CelError(
                 f"torchaudio cannot be imported ({' '.join(str(error).split())}); with a CPU build of torch run 'make "
                 "install', which sets torchaudio's CUDA libraries (torchaudio/lib/*.so) aside"
             ) from error
-        self.mel = MelSpectrogram(
-            sample_rate=SAMPLE_RATE,
-            n_fft=_FFT,
-            win_length=_WINDOW,
-            hop_length=HOP,
-            f_min=0.0,
-            f_max=SAMPLE_RATE / 2,
-            n_mels=NUM_MELS,
-            window_fn=torch.hann_window,
+        self.spectrogram = Spectrogram(
+            n_fft=_FFT, win_length=_WINDOW, hop_length=HOP, window_fn=torch.hann_window, power=None
+        )
+        self.mel_scale = MelScale(
+            n_mels=NUM_MELS, sample_rate=SAMPLE_RATE, f_min=0.0, f_max=SAMPLE_RATE / 2, n_stft=_FFT // 2 + 1
         )
 
     def forward(self, wave: Tensor) -> Tensor:
@@ -78,5 +77,13 @@ class LogMel(nn.Module):
         # Powers of int16-scale audio reach 1e12 and the floor of the logarithm is 1e-6: fp16 holds neither, bf16 has no
         # digits for them.
         with torch.autocast(wave.device.type, enabled=False):
-            power: Tensor = self.mel(wave.float())
-            return F.instance_norm(torch.log(power + 1e-6), eps=1e-5)
+            if wave.device.type != "cpu" or wave.dim() == 1 or wave.numel() <= _CPU_SAMPLES:
+                return self._features(wave)
+            rows = max(1, _CPU_SAMPLES // wave.shape[-1])
+            return torch.cat([self._features(wave[first : first + rows]) for first in range(0, len(wave), rows)])
+
+    def _features(self, wave: Tensor) -> Tensor:
+        spectrum = self.spectrogram(wave.float())
+        # Not the square of the magnitude: its root alone takes a CPU longer than the FFT.
+        power = spectrum.real.square() + spectrum.imag.square()
+        return F.instance_norm(torch.log(self.mel_scale(power) + 1e-6), eps=1e-5)

@@ -58,6 +58,15 @@ def test_a_row_is_augmented_alike_whichever_rank_holds_it(bank, segments, profil
     torch.testing.assert_close(torch.cat(halves), whole, rtol=1e-4, atol=0.1)
 
 
+def test_a_row_is_augmented_alike_in_a_batch_that_is_worked_on_in_parts(bank):
+    segments = torch.from_numpy(np.random.default_rng(1).integers(-8000, 8000, (40, 2, 29_040)).astype(np.int16))
+    module = Augment(AugmentSection(profile=2), bank, 0)
+    whole = module(segments, epoch=0, step=0, rows=slice(0, 40), batch_size=40)
+    for row in (0, 17, 18, 39):
+        alone = module(segments[row : row + 1], epoch=0, step=0, rows=slice(row, row + 1), batch_size=40)
+        torch.testing.assert_close(alone[0], whole[row], rtol=1e-4, atol=0.1)
+
+
 def test_the_views_of_an_utterance_are_augmented_differently(bank, segments):
     segments[:, 1] = segments[:, 0]
     result = augment(bank, segments, 3)

@@ -56,6 +56,12 @@ def test_features_are_fp32_under_autocast_and_for_integer_samples() -> None:
     assert torch.equal(LogMel()(wave.to(torch.int16)), expected)
 
 
+def test_a_batch_of_any_size_gives_each_row_the_same_bits() -> None:
+    waves = torch.cat([noise(seed=seed) for seed in range(12)])
+    row_by_row = torch.cat([LogMel()(wave[None]) for wave in waves])
+    assert torch.equal(LogMel()(waves), row_by_row)
+
+
 def test_silence_is_finite() -> None:
     assert torch.isfinite(LogMel()(torch.zeros(1, 4000))).all()
 

@@ -20,6 +20,9 @@ from cel_dist.errors import CelError
 ADDITIVE = ("noise", "speech", "music")
 # Profile 2 gives a room to this share of the segments and noise to the others.
 ROOM_SHARE = 0.25
+# Samples that a CPU works on at once. For larger batches the allocator asks the system for memory anew at every call,
+# which costs as much as the arithmetic; with fewer, preparing the FFT would cost as much as the FFT.
+_CPU_SAMPLES = 1 << 20
 # Keeps the level of digital silence finite, as in the published implementation.
 POWER_FLOOR = 1e-4
 
@@ -45,7 +48,7 @@ class Choices:
         noise = {0: numbers[0] < 0, 1: numbers[0] >= 0, 2: ~room, 3: numbers[0] >= 0}[profile]
         return cls(room, noise, *numbers[1:])
 
-    def rows(self, rows: slice) -> "Choices":
+    def rows(self, rows: slice | np.ndarray) -> "Choices":
         """The choices of some of the segments."""
         return Choices(*(getattr(self, name)[rows] for name in self.__dataclass_fields__))
 
@@ -93,17 +96,31 @@ class Augment(nn.Module):
         Returns:
             [B, V, T] float32 on int16 scale.
         """
-        wave = segments.to(torch.float32)
         if self.config.profile == 0:
-            return wave
+            return segments.to(torch.float32)
         num_views, num_samples = segments.shape[1:]
-        flat = wave.reshape(-1, num_samples)
+        flat = segments.reshape(-1, num_samples)
         choices = Choices.draw(self.config.profile, batch_size * num_views, self.seed, epoch, step).rows(
             slice(rows.start * num_views, rows.stop * num_views)
         )
-        flat = self._reverberate(flat, choices)
-        flat = self._add_noise(flat, choices)
-        return flat.reshape(segments.shape)
+        augmented = torch.empty(flat.shape, dtype=torch.float32, device=flat.device)
+        for part in self._parts(choices, num_samples, flat.device):
+            index = torch.from_numpy(part).to(flat.device)
+            wet = self._reverberate(flat[index].to(torch.float32), choices.rows(part))
+            augmented[index] = self._add_noise(wet, choices.rows(part))
+        return augmented.reshape(segments.shape)
+
+    def _parts(self, choices: Choices, num_samples: int, device: torch.device) -> list[np.ndarray]:
+        """The rows that are worked on together: on a CPU a few, with rooms of about the same length, which makes the
+        FFT of most of them shorter; on a GPU all."""
+        rows = np.arange(len(choices.room))
+        if device.type != "cpu":
+            return [rows]
+        if self.config.profile >= 2:
+            assert self._bank is not None
+            rooms = self._bank.clips("rir")
+            rows = np.argsort(rooms.lengths[_pick(choices.room, len(rooms))], kind="stable")
+        return np.array_split(rows, -(-len(rows) * num_samples // _CPU_SAMPLES))
 
     def _reverberate(self, wave: Tensor, choices: Choices) -> Tensor:
         chosen = np.flatnonzero(choices.has_room)
@@ -121,28 +138,37 @@ class Augment(nn.Module):
         return wet if len(chosen) == len(wave) else wave.index_copy(0, index, wet)
 
     def _add_noise(self, wave: Tensor, choices: Choices) -> Tensor:
+        chosen = np.flatnonzero(choices.has_noise)
+        if len(chosen) == 0:
+            return wave
+        crops, levels = self._draw_noise(choices.rows(chosen), wave.shape[1])
+        noise, snr_db = torch.from_numpy(crops).to(wave.device).to(torch.float32), _to(levels, wave)
+        if len(chosen) == len(wave):
+            return wave + at_snr(noise, wave, snr_db)
+        index = torch.from_numpy(chosen).to(wave.device)
+        return wave.index_add(0, index, at_snr(noise, wave[index], snr_db))
+
+    def _draw_noise(self, choices: Choices, num_samples: int) -> tuple[np.ndarray, np.ndarray]:
+        """Noise for each of n segments, int16 [n, T], and the SNRs in dB [n] at which to add it."""
         assert self._bank is not None
         kinds = _pick(choices.kind, len(self._kinds))
-        noisy = wave.clone()
+        crops, snr_db = np.empty((len(kinds), num_samples), np.int16), np.empty(len(kinds))
         for number, kind in enumerate(self._kinds):
-            chosen = np.flatnonzero(choices.has_noise & (kinds == number))
-            if len(chosen) == 0:
-                continue
+            rows = np.flatnonzero(kinds == number)
             clips = self._bank.clips(kind)
-            crops = clips.crop(_pick(choices.clip[chosen], len(clips)), choices.offset[chosen], wave.shape[1])
-            noise = torch.from_numpy(crops).to(wave.device).to(torch.float32)
-            index = torch.from_numpy(chosen).to(wave.device)
-            snr_db = _to(_scale(choices.snr[chosen], self._ranges[kind]), wave)
-            noisy.index_add_(0, index, at_snr(noise, wave[index], snr_db))
-        return noisy
+            crops[rows] = clips.crop(_pick(choices.clip[rows], len(clips)), choices.offset[rows], num_samples)
+            snr_db[rows] = _scale(choices.snr[rows], self._ranges[kind])
+        return crops, snr_db
 
 
 def convolve(wave: Tensor, response: Tensor) -> Tensor:
     """Convolve each row of `wave` [n, T] with its row of `response` [n, R]; returns the first T samples, float32."""
     num_samples = wave.shape[-1]
-    # A length with small prime factors: the exact length T + R - 1 may be prime, where an FFT is several times slower.
-    size = next_fast_len(num_samples + response.shape[-1] - 1, real=True)
-    spectrum = torch.fft.rfft(wave, size) * torch.fft.rfft(response, size)
+    # An even length with small prime factors: the exact length T + R - 1 may be prime, where an FFT is several times
+    # slower, and so it is at odd lengths.
+    size = 2 * next_fast_len((num_samples + response.shape[-1]) // 2, real=True)
+    spectrum = torch.fft.rfft(wave, size)
+    spectrum *= torch.fft.rfft(response, size)
     wet: Tensor = torch.fft.irfft(spectrum, size)[..., :num_samples]
     return wet
 

@@ -1,6 +1,7 @@
 """Segments cut out of shards, reading no more of them than that needs."""
 
 import os
+import sys
 import tarfile
 from collections import OrderedDict
 from dataclasses import dataclass
@@ -135,6 +136,10 @@ class SegmentReader:
             if _pread(descriptor, WAV_HEADER_BYTES, offset) != wav_header(length):
                 raise AudioError("unreadable", "its header is not that of a WAV of the length in the index")
             first = offset + WAV_HEADER_BYTES
+            if not goes_round:
+                for segment, (start, _) in zip(segments, ranges, strict=True):
+                    _read_into(descriptor, segment, first + 2 * start)
+                return
             parts = [np.frombuffer(_pread(descriptor, 2 * n, first + 2 * start), "<i2") for start, n in ranges]
         else:
             parts = read_segments(_pread(descriptor, size, offset), ranges)
@@ -157,9 +162,20 @@ class SegmentReader:
 
 def _pread(descriptor: int, size: int, offset: int) -> bytes:
     data = os.pread(descriptor, size, offset)
-    if len(data) != size:
-        raise AudioError("unreadable", f"{len(data)} of {size} bytes are there")
+    _require_all(len(data), size)
     return data
+
+
+def _read_into(descriptor: int, segment: npt.NDArray[np.int16], offset: int) -> None:
+    """Fill `segment` [T] with what lies at `offset`, without a copy between."""
+    _require_all(os.preadv(descriptor, [segment.data], offset), segment.nbytes)
+    if sys.byteorder == "big":
+        segment.byteswap(inplace=True)
+
+
+def _require_all(found: int, size: int) -> None:
+    if found != size:
+        raise AudioError("unreadable", f"{found} of {size} bytes are there")
 
 
 def _key_before(descriptor: int, offset: int) -> str | None:
