@@ -1,5 +1,7 @@
 """`cel prepare` and `cel check`: audio to shards and banks, and back to a list of faults."""
 
+import sys
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -10,7 +12,16 @@ from cel_dist.cli.progress import progress_bar
 from cel_dist.errors import CelError
 
 # Options of shards that mean nothing for a bank.
-_SHARD_OPTIONS = ("list_file", "labels", "audio_format", "samples_per_shard", "seed", "min_seconds", "prefix")
+_SHARD_OPTIONS = (
+    "list_file",
+    "labels",
+    "audio_format",
+    "samples_per_shard",
+    "seed",
+    "ray_address",
+    "min_seconds",
+    "prefix",
+)
 _FAULTS_SHOWN = 20
 
 
@@ -31,6 +42,15 @@ def prepare(
     samples_per_shard: Annotated[int, typer.Option(help="Source files a shard.")] = 1000,
     seed: Annotated[int, typer.Option(help="Seed of the order, which is shuffled once, globally.")] = 0,
     workers: Annotated[int | None, typer.Option(help="Processes.", show_default="all cores")] = None,
+    ray_address: Annotated[
+        str | None,
+        typer.Option(
+            "--ray",
+            metavar="ADDRESS",
+            help="Spread the shards over a Ray cluster: 'auto', HOST:PORT, ray://HOST:PORT, or 'local', which starts "
+            "one on this machine. SRC and OUT must be on a file system that all its machines share.",
+        ),
+    ] = None,
     min_seconds: Annotated[float, typer.Option(help="Reject files that are shorter.")] = 1.0,
     prefix: Annotated[str, typer.Option(help="Shards are called PREFIX-000000.tar and so on.")] = "train",
     bank: Annotated[
@@ -46,7 +66,9 @@ def prepare(
         # By name: the enumeration is click's own or the copy inside typer, depending on typer's version.
         given = [name for name, how in sources.items() if how is not None and how.name == "COMMANDLINE"]
         if given:
-            flag = {"list_file": "list", "audio_format": "format"}.get(given[0], given[0].replace("_", "-"))
+            flag = {"list_file": "list", "audio_format": "format", "ray_address": "ray"}.get(
+                given[0], given[0].replace("_", "-")
+            )
             raise CelError(f"--{flag} is for shards and does not go with --bank; leave out one of them")
         with progress_bar("Reading clips") as progress:
             clips = prepare_bank(source, out, workers=workers, progress=progress)
@@ -64,7 +86,8 @@ def prepare(
 
     from cel_dist.data.prepare import prepare as prepare_shards
 
-    with progress_bar("Preparing") as progress:
+    # Ray reports lost workers on stdout, which is for the result.
+    with redirect_stdout(sys.stderr), progress_bar("Preparing") as progress:
         result = prepare_shards(
             source,
             out,
@@ -74,6 +97,7 @@ def prepare(
             samples_per_shard=samples_per_shard,
             seed=seed,
             workers=workers,
+            ray_address=ray_address,
             min_seconds=min_seconds,
             prefix=prefix,
             progress=progress,

@@ -1,0 +1,193 @@
+"""Preparing on a Ray cluster: one real one for the module, joined from this process and from others."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+from prepare_corpus import NAMES, contents, speaker_of, write_corpus
+from ray_jobs import MarkedJob, die_if_odd, die_the_first_time, fail, square
+
+from cel_dist.cli.app import run
+from cel_dist.data.check import check_shards
+from cel_dist.data.prepare import prepare
+from cel_dist.data.ray_pool import RETRIES, run_jobs_on_ray
+from cel_dist.errors import CelError, RunError
+
+ray = pytest.importorskip("ray", reason="Ray is not installed: pip install 'cel_dist[ray]'")
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[str]:
+    """A cluster of two cores that this process is connected to, and the address by which others can join it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+        patch.delenv("RAY_ADDRESS", raising=False)
+        context = ray.init(
+            "local", num_cpus=2, include_dashboard=False, log_to_driver=False, object_store_memory=80 << 20
+        )
+        yield context.address_info["gcs_address"]
+        ray.shutdown()
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_corpus(tmp_path_factory.mktemp("corpus"))
+
+
+@pytest.fixture(scope="module")
+def labels(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("labels") / "labels"
+    path.write_text("".join(f"{name} {speaker_of(name)}\n" for name in NAMES), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="module")
+def straight(corpus: Path, labels: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    """What the single process writes."""
+    out = tmp_path_factory.mktemp("straight")
+    prepare(corpus, out, labels=labels, samples_per_shard=2, workers=1)
+    return contents(out)
+
+
+def ray_workers() -> list[psutil.Process]:
+    children = psutil.Process().children(recursive=True)
+    return [child for child in children if child.name().startswith(("ray::build_shard", "ray::IDLE"))]
+
+
+def test_results_come_in_order_with_few_tasks_at_a_time(cluster: str, tmp_path: Path) -> None:
+    taken: list[int] = []
+
+    def jobs() -> Iterator[MarkedJob]:
+        for number in range(12):
+            taken.append(number)
+            yield MarkedJob(number, tmp_path)
+
+    results = run_jobs_on_ray(square, jobs(), 12, cluster, 3, name=str)
+    assert next(results) == 0
+    # One that is done, three under way.
+    assert len(taken) <= 4
+    assert list(results) == [number**2 for number in range(1, 12)]
+
+
+def test_a_job_whose_worker_is_killed_is_done_by_another(cluster: str, tmp_path: Path) -> None:
+    jobs = [MarkedJob(number, tmp_path) for number in range(2)]
+    assert list(run_jobs_on_ray(die_the_first_time, jobs, 2, cluster, name=str)) == [0, 1]
+    assert len(list(tmp_path.glob("died-*"))) == 2
+
+
+def test_a_job_that_always_kills_its_worker_is_named(cluster: str, tmp_path: Path) -> None:
+    jobs = [MarkedJob(number, tmp_path) for number in range(2)]
+    results = run_jobs_on_ray(die_if_odd, jobs, 2, cluster, name=lambda job: f"shard-{job.number}.tar")
+    assert next(results) == 0
+    with pytest.raises(RunError, match=rf"died at each of {RETRIES + 1} tries of shard-1\.tar"):
+        next(results)
+    assert len(list(tmp_path.glob("try-*"))) == RETRIES + 1
+
+
+def test_what_a_job_raises_comes_through_as_it_is(cluster: str, tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError) as caught:
+        list(run_jobs_on_ray(fail, [MarkedJob(0, tmp_path)], 1, cluster, name=str))
+    assert (type(caught.value), caught.value.strerror) == (FileNotFoundError, "no such file")
+
+
+def test_killed_workers_change_nothing(
+    cluster: str, corpus: Path, labels: Path, straight: dict[str, bytes], tmp_path: Path
+) -> None:
+    killed: list[int] = []
+
+    def kill_the_workers(done: int, total: int) -> None:
+        if done and not killed:
+            for worker in ray_workers():
+                worker.kill()
+                killed.append(worker.pid)
+
+    out = tmp_path / "out"
+    prepare(corpus, out, labels=labels, samples_per_shard=2, ray_address=cluster, progress=kill_the_workers)
+    assert killed
+    assert contents(out) == straight
+    assert list((out / ".prepare").glob(".*.tmp")) == []
+    assert check_shards(out, workers=1) == []
+
+
+STOP_AFTER_FIRST_SHARD = """
+import sys
+from cel_dist.data.prepare import prepare
+def progress(done, total):
+    if done:
+        print("shard", flush=True)
+        sys.stdin.read()
+prepare(sys.argv[1], sys.argv[2], labels=sys.argv[3], samples_per_shard=2, ray_address=sys.argv[4], progress=progress)
+"""
+
+
+def test_a_killed_driver_is_continued_without_doing_again_what_is_done(
+    cluster: str, corpus: Path, labels: Path, straight: dict[str, bytes], tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    command = [sys.executable, "-c", STOP_AFTER_FIRST_SHARD, str(corpus), str(out), str(labels), cluster]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"shard\n"
+        process.send_signal(signal.SIGKILL)
+    assert not (out / "manifest.json").exists()
+    done = {path.name.removesuffix(".json") for path in (out / ".prepare").glob("*.tar.json")}
+    there = {name: (out / name).stat().st_ino for name in done}
+    assert 0 < len(there) < 10
+    steps: list[int] = []
+    prepare(
+        corpus,
+        out,
+        labels=labels,
+        samples_per_shard=2,
+        ray_address=cluster,
+        progress=lambda done, total: steps.append(done),
+    )
+    assert steps[0] >= 2 * len(there)
+    assert all((out / name).stat().st_ino == there[name] for name in there)
+    assert contents(out) == straight
+
+
+def test_the_command_line_starts_a_cluster_for_the_time(
+    corpus: Path, labels: Path, straight: dict[str, bytes], tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    options = ["--labels", str(labels), "--samples-per-shard", "2", "--ray", "local", "--workers", "2", "--json"]
+    # A folder relative to one that Ray's workers are not in.
+    command = [sys.executable, "-m", "cel_dist", "prepare", corpus.name, "--out", str(out), *options]
+    done = subprocess.run(command, cwd=corpus.parent, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["samples"] == 20
+    assert contents(out) == straight
+
+
+def test_an_address_where_no_cluster_is_gives_one_line(
+    corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    program = "import sys; from cel_dist.cli.app import run; [run([*sys.argv[2:], one]) for one in sys.argv[1].split()]"
+    prepared = ["prepare", str(corpus), "--out", str(tmp_path / "out"), "--ray"]
+    environment = {**os.environ, "RAY_ADDRESS": "127.0.0.1:1"}
+    done = subprocess.run(
+        [sys.executable, "-c", program, "127.0.0.1:1 ray://127.0.0.1:1 auto nonsense", *prepared],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    lines = [line for line in done.stderr.splitlines() if "WARNING" not in line]
+    assert [line.partition(":")[0] for line in lines] == ["error"] * 4
+    assert all("no Ray cluster can be reached at" in line and "--ray local" in line for line in lines[:3])
+    assert "cannot use the Ray address 'nonsense'" in lines[3]
+    assert run(["prepare", str(corpus), "--bank", "--out", str(tmp_path / "bank"), "--ray", "local"]) == 2
+    assert "--ray is for shards" in capsys.readouterr().err
+
+
+def test_without_ray_one_line_says_how_to_get_it(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(CelError, match=r"Ray is not installed; pip install 'cel_dist\[ray\]'"):
+        prepare(corpus, tmp_path / "out", ray_address="local")
