@@ -28,6 +28,8 @@ def cluster() -> Iterator[str]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
         patch.delenv("RAY_ADDRESS", raising=False)
+        # Workers import the jobs of these tests.
+        patch.setenv("PYTHONPATH", str(Path(__file__).parent), prepend=os.pathsep)
         context = ray.init(
             "local", num_cpus=2, include_dashboard=False, log_to_driver=False, object_store_memory=80 << 20
         )
@@ -94,6 +96,16 @@ def test_what_a_job_raises_comes_through_as_it_is(cluster: str, tmp_path: Path) 
     with pytest.raises(FileNotFoundError) as caught:
         list(run_jobs_on_ray(fail, [MarkedJob(0, tmp_path)], 1, cluster, name=str))
     assert (type(caught.value), caught.value.strerror) == (FileNotFoundError, "no such file")
+
+
+def test_progress_is_told_as_without_ray(
+    cluster: str, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("cel_dist.data.progress.INTERVAL_SECONDS", 0.0)
+    with caplog.at_level("INFO", "cel_dist.data.progress"):
+        prepare(corpus, tmp_path / "out", samples_per_shard=5, ray_address=cluster)
+    lines = [record.getMessage() for record in caplog.records]
+    assert [line.partition(" (")[0] for line in lines] == [f"{done} of 20 files" for done in (5, 10, 15)]
 
 
 def test_killed_workers_change_nothing(

@@ -26,8 +26,9 @@ from cel_dist.data.files import atomic_write, leftovers, require_folder_or_nothi
 from cel_dist.data.folder import ShardFolder
 from cel_dist.data.index import INDEX_NAME, Index
 from cel_dist.data.pool import run_jobs
+from cel_dist.data.progress import Progress, Reporter
 from cel_dist.data.ray_pool import run_jobs_on_ray
-from cel_dist.data.rejects import REJECTS_NAME, Progress, write_rejects
+from cel_dist.data.rejects import REJECTS_NAME, write_rejects
 from cel_dist.data.shard_jobs import (
     STATE_NAME,
     ShardJob,
@@ -112,7 +113,7 @@ def prepare(
             the time. Source and `out` must be on a file system that all its machines share. None: no Ray.
         min_seconds: shorter files are rejected.
         prefix: shards are called `PREFIX-%06d.tar`.
-        progress: called with the number of files done and in all.
+        progress: called with the number of files done and in all. None: a line in the log every half minute.
 
     Raises:
         CelError: source, list, labels or an option cannot be used; `out` holds something else; all files were rejected.
@@ -253,17 +254,18 @@ def _run(
 ) -> list[ShardOutcome]:
     outcomes = dict(earlier)
     missing = [job for job in jobs if job.name not in outcomes]
-    done = sum(len(job.paths) for job in jobs if job.name in outcomes)
     if outcomes:
         logger.info("continuing: %d of %d shards are there, and their files as they were", len(outcomes), len(jobs))
-    if progress is not None:
-        progress(done, num_files)
+    reporter = Reporter(
+        progress,
+        num_files,
+        done=sum(len(job.paths) for job in jobs if job.name in earlier),
+        audio_seconds=sum(outcome.seconds for outcome in earlier.values()),
+    )
     with closing(build(missing)) as results:
         for job, outcome in zip(missing, results, strict=True):
             outcomes[job.name] = outcome
-            done += len(job.paths)
-            if progress is not None:
-                progress(done, num_files)
+            reporter.add(len(job.paths), outcome.seconds)
     return [outcomes[job.name] for job in jobs]
 
 

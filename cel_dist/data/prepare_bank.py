@@ -27,7 +27,8 @@ from cel_dist.data.bank import (
 )
 from cel_dist.data.files import atomic_write, leftovers, require_folder_or_nothing, sole_writer, writing_into
 from cel_dist.data.pool import run_jobs
-from cel_dist.data.rejects import REJECTS_NAME, Progress, Reject, read_usable, write_rejects
+from cel_dist.data.progress import Progress, Reporter
+from cel_dist.data.rejects import REJECTS_NAME, Reject, read_usable, write_rejects
 from cel_dist.data.shards import MANIFEST_NAME
 from cel_dist.data.sources import find_audio, stamp
 from cel_dist.errors import CelError
@@ -98,7 +99,7 @@ def prepare_bank(
             the name of `source` itself counts if none below it does.
         out: folder to write; it must not hold another bank, or shards.
         workers: processes; default: the cores that this process may use.
-        progress: called with the number of files done and in all.
+        progress: called with the number of files done and in all. None: a line in the log every half minute.
 
     Raises:
         CelError: `source` cannot be used or has no known folder, `out` holds something else, all files were rejected.
@@ -229,10 +230,10 @@ def _write_category(
 def _with_progress(
     clips: Iterator[npt.NDArray[np.int16] | Reject], total: int, progress: Progress | None
 ) -> Iterator[npt.NDArray[np.int16] | Reject]:
-    for done, clip in enumerate(clips, 1):
+    reporter = Reporter(progress, total)
+    for clip in clips:
         yield clip
-        if progress is not None:
-            progress(done, total)
+        reporter.add(1, 0.0 if isinstance(clip, Reject) else len(clip) / SAMPLE_RATE)
 
 
 def _counts(clips: dict[Category, int]) -> str:

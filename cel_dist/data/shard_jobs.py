@@ -44,6 +44,11 @@ class ShardOutcome:
     rows: ShardRows
     rejects: tuple[Reject, ...]
 
+    @property
+    def seconds(self) -> float:
+        """Length of the audio in the shard."""
+        return 0.0 if self.record is None else self.record.seconds
+
     def save(self, path: Path, fingerprint: str) -> None:
         """Write `OUT/.prepare/NAME.json`, so that a rerun of the job with this fingerprint need not do it again."""
         record = None if self.record is None else self.record.model_dump()
@@ -117,10 +122,11 @@ def build_shard_elsewhere(job: ShardJob) -> ShardOutcome:
         RunError: it does not. Its files would otherwise all be rejected as unreadable.
         OSError: the shard could not be written; nothing of it is left.
     """
+    host = socket.gethostname()
     for folder in (job.source, job.out / STATE_NAME):
         if not folder.is_dir():
             raise RunError(
-                f"the machine {socket.gethostname()} sees no folder {folder}; SRC and OUT must lie, at the same path, "
+                f"the machine {host} sees no folder {folder}; SRC and OUT must lie, at the same path, "
                 "on a file system that all machines of the Ray cluster share"
             )
     return build_shard(job)
