@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from cel_dist.data.audio import AudioFormat, encode_audio
+from cel_dist.data.ffmpeg import is_installed
 from cel_dist.data.files import atomic_write
 from cel_dist.data.index import ShardRows
 from cel_dist.data.rejects import Reject, read_usable
@@ -33,6 +34,8 @@ class ShardJob:
     speakers: tuple[str, ...] | None
     audio_format: AudioFormat
     min_samples: int
+    ffmpeg: bool | None
+    """Whether ffmpeg was installed where the job was made; None if none of the files wants it."""
     fingerprint: str
 
 
@@ -119,10 +122,16 @@ def build_shard_elsewhere(job: ShardJob) -> ShardOutcome:
     """`build_shard` on a machine that need not see the folders of the one that made the job.
 
     Raises:
-        RunError: it does not. Its files would otherwise all be rejected as unreadable.
+        RunError: it does not, or one of the two has ffmpeg and the other has not. Files would otherwise be rejected for
+            the machine's sake.
         OSError: the shard could not be written; nothing of it is left.
     """
     host = socket.gethostname()
+    if job.ffmpeg is not None and job.ffmpeg != is_installed():
+        here, there = (f"on {host}", "where the preparation was started")[:: -1 if job.ffmpeg else 1]
+        raise RunError(
+            f"{job.name} holds files for ffmpeg, which is installed {here} but not {there}; install it on both"
+        )
     for folder in (job.source, job.out / STATE_NAME):
         if not folder.is_dir():
             raise RunError(
