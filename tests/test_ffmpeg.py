@@ -1,34 +1,21 @@
 """AAC and other formats through the real ffmpeg, and what happens without it."""
 
-import shutil
-import subprocess
 from pathlib import Path
 
 import numpy as np
 import pytest
-import soundfile
+from ffmpeg_audio import FFMPEG, encode
 from prepare_corpus import contents, paths, table, write_corpus
 
 from cel_dist.data.audio import AudioError, read_audio
 from cel_dist.data.ffmpeg import FFMPEG_SUFFIXES, FFmpegError, decoded
 from cel_dist.data.prepare import prepare
 
-FFMPEG = shutil.which("ffmpeg")
 needs_ffmpeg = pytest.mark.skipif(FFMPEG is None, reason="ffmpeg is not installed: apt-get install ffmpeg")
 
 
 def tone(hz: float, seconds: float, rate: int) -> np.ndarray:
     return 0.5 * np.sin(2 * np.pi * hz * np.arange(round(seconds * rate)) / rate)
-
-
-def encode(wave: np.ndarray, rate: int, target: Path) -> Path:
-    """`wave` `[T]` or `[T, channels]` in the format that the suffix of `target` stands for."""
-    plain = target.with_name(target.name + ".plain.wav")
-    soundfile.write(plain, wave, rate)
-    command = [str(FFMPEG), "-v", "error", "-i", str(plain), "-movflags", "faststart", f"file:{target}"]
-    subprocess.run(command, check=True)
-    plain.unlink()
-    return target
 
 
 def failure(path: Path) -> str:

@@ -85,6 +85,7 @@ def prepare(
     *,
     list_file: str | Path | None = None,
     labels: str | Path | None = None,
+    utterances: Mapping[str, str] | None = None,
     audio_format: AudioFormat = "wav",
     samples_per_shard: int = 1000,
     seed: int = 0,
@@ -106,6 +107,7 @@ def prepare(
         out: folder to write; it must not hold shards of another preparation.
         list_file: names the files to take, one a line. Default: every audio file below `source`.
         labels: lines `path speaker`; the speaker is stored with the sample and read by fine-tuning only.
+        utterances: path and speaker of every file to take, instead of a list and labels.
         audio_format: `wav` decodes some 250 times faster when segments are read, `flac` takes about half the space.
         samples_per_shard: source files a shard.
         seed: seed of the order.
@@ -124,8 +126,13 @@ def prepare(
     source, out = Path(source), Path(out)
     _check_options(samples_per_shard, seed, workers, min_seconds, prefix)
     require_folder_or_nothing(out)
-    paths = find_audio(source) if list_file is None else read_list(Path(list_file), source)
-    speakers = None if labels is None else read_labels(Path(labels), paths)
+    speakers: Sequence[str] | None
+    if utterances is not None:
+        paths = sorted(utterances)
+        speakers = [utterances[path] for path in paths]
+    else:
+        paths = find_audio(source) if list_file is None else read_list(Path(list_file), source)
+        speakers = None if labels is None else read_labels(Path(labels), paths)
     description = JobDescription(
         str(source.resolve()), _digest(paths, speakers), audio_format, samples_per_shard, seed, min_seconds, prefix
     )

@@ -5,7 +5,7 @@ import json
 import logging
 import posixpath
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from itertools import islice
@@ -87,7 +87,12 @@ def _read_clip(job: _ClipJob) -> npt.NDArray[np.int16] | Reject:
 
 
 def prepare_bank(
-    source: str | Path, out: str | Path, *, workers: int | None = None, progress: Progress | None = None
+    source: str | Path,
+    out: str | Path,
+    *,
+    clips: Mapping[Category, Sequence[str]] | None = None,
+    workers: int | None = None,
+    progress: Progress | None = None,
 ) -> BankResult:
     """Write the noises, voices, music and room responses below `source` as a bank at 16 kHz.
 
@@ -98,6 +103,7 @@ def prepare_bank(
         source: folder of the audio. The deepest folder with a known name decides what a file is (see `category_of`);
             the name of `source` itself counts if none below it does.
         out: folder to write; it must not hold another bank, or shards.
+        clips: the files of each category, relative to `source`. Default: those that the names of folders tell.
         workers: processes; default: the cores that this process may use.
         progress: called with the number of files done and in all. None: a line in the log every half minute.
 
@@ -109,7 +115,10 @@ def prepare_bank(
     if workers is not None and workers < 1:
         raise CelError(f"the number of workers must be at least 1, not {workers}; leave it out for all cores")
     require_folder_or_nothing(out)
-    by_category, skipped = _sort_files(source, find_audio(source))
+    if clips is not None:
+        by_category, skipped = {category: list(paths) for category, paths in clips.items()}, 0
+    else:
+        by_category, skipped = _sort_files(source, find_audio(source))
     fingerprint = hashlib.sha256(json.dumps([str(source.resolve()), by_category]).encode()).hexdigest()
     files = stamp(source, [path for paths in by_category.values() for path in paths])
     with writing_into(out):
