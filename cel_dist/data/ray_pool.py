@@ -5,7 +5,7 @@ import re
 import socket
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, TypeVar
 
 from cel_dist.data.pool import default_workers
@@ -20,6 +20,7 @@ RETRIES = 3
 # For each core of the cluster, so that no worker waits for the driver and a million jobs are not all in Ray's tables.
 _TASKS_AHEAD = 2
 _CONNECT_SECONDS = 10.0
+_END_SECONDS = 10.0
 _HOST_AND_PORT = re.compile(r"^(?:ray://)?\[?(?P<host>[^\[\]/]+)\]?:(?P<port>\d+)$")
 
 
@@ -71,8 +72,18 @@ def run_jobs_on_ray(
             while pending:
                 yield _result(ray, *pending.popleft(), name)
         finally:
-            for _, reference in pending:
-                ray.cancel(reference)
+            _cancel(ray, [reference for _, reference in pending])
+
+
+def _cancel(ray: Any, references: list[Any]) -> None:
+    """End what is under way, and give it the time to remove its temporary files."""
+    if not references:
+        return
+    # Nothing is left to end where the cluster is lost, and what lost it is on its way up already.
+    with suppress(ray.exceptions.RayError, ConnectionError):
+        for reference in references:
+            ray.cancel(reference)
+        ray.wait(references, num_returns=len(references), timeout=_END_SECONDS)
 
 
 def _result(ray: Any, job: Job, reference: Any, name: Callable[[Job], str]) -> Any:
@@ -100,8 +111,10 @@ def _result(ray: Any, job: Job, reference: Any, name: Callable[[Job], str]) -> A
 
 @contextmanager
 def _connected(address: str, workers: int | None) -> Iterator[Any]:
-    # Telling Ray's makers of what users run is not this program's to decide. Before the import, which reads it.
+    # Before the import, which reads them. Telling Ray's makers of what users run is not this program's to decide.
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    # Ray tries again without end what its own watch over memory killed, whatever the retries of the task.
+    os.environ.setdefault("RAY_task_oom_retries", str(RETRIES))
     try:
         import ray
         import ray.exceptions

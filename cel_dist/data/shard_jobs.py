@@ -128,10 +128,8 @@ def build_shard_elsewhere(job: ShardJob) -> ShardOutcome:
     """
     host = socket.gethostname()
     if job.ffmpeg is not None and job.ffmpeg != is_installed():
-        here, there = (f"on {host}", "where the preparation was started")[:: -1 if job.ffmpeg else 1]
-        raise RunError(
-            f"{job.name} holds files for ffmpeg, which is installed {here} but not {there}; install it on both"
-        )
+        lacking = f"on {host}" if job.ffmpeg else "where the preparation was started"
+        raise RunError(f"{job.name} holds files for ffmpeg, which is not installed {lacking}; install it everywhere")
     for folder in (job.source, job.out / STATE_NAME):
         if not folder.is_dir():
             raise RunError(
