@@ -35,7 +35,7 @@ def test_every_file_of_a_tree_is_there_once_with_its_audio(corpus: Path, tmp_pat
     found = descriptions(tmp_path / "out")
     assert sorted(str(description["path"]) for description in found) == sorted(NAMES)
     for place, description in enumerate(found):
-        with open(folder.shard_path(folder.index.shard[place]), "rb") as file:
+        with open(tmp_path / "out" / folder.manifest.shards[folder.index.shard[place]].name, "rb") as file:
             audio = os.pread(file.fileno(), folder.index.size[place], folder.index.offset[place])
         np.testing.assert_array_equal(read_audio(audio), read_audio(corpus / str(description["path"])))
         assert description["seconds"] == folder.index.samples[place] / 16_000
