@@ -10,6 +10,7 @@ from prepare_corpus import contents, paths, table, write_corpus
 from cel_dist.data.audio import AudioError, read_audio
 from cel_dist.data.ffmpeg import FFMPEG_SUFFIXES, FFmpegError, decoded
 from cel_dist.data.prepare import prepare
+from cel_dist.data.prepare_bank import prepare_bank
 
 needs_ffmpeg = pytest.mark.skipif(FFMPEG is None, reason="ffmpeg is not installed: apt-get install ffmpeg")
 
@@ -91,5 +92,21 @@ def test_without_ffmpeg_such_files_are_rejected_and_taken_in_once_it_is_there(
     assert prepare(source, tmp_path / "out", samples_per_shard=1, workers=2).rejected == 0
     assert before.items() < {path.name: path.stat().st_ino for path in (tmp_path / "out").glob("*.tar")}.items()
     assert sorted(paths(tmp_path / "out")) == ["a.wav", "b.wav", "c.m4a"]
+    with monkeypatch.context() as patch:
+        # What was made with ffmpeg is not undone where there is none.
+        patch.setenv("PATH", str(tmp_path / "nothing"))
+        assert prepare(source, tmp_path / "out", samples_per_shard=1, workers=1).rejected == 0
     prepare(source, tmp_path / "straight", samples_per_shard=1, workers=1)
     assert contents(tmp_path / "out") == contents(tmp_path / "straight")
+
+
+@needs_ffmpeg
+def test_a_bank_takes_in_what_was_rejected_for_want_of_ffmpeg(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = write_corpus(tmp_path / "noise", ["a.wav"])
+    encode(tone(440, 2.0, 16_000), 16_000, source / "b.m4a")
+    with monkeypatch.context() as patch:
+        patch.setenv("PATH", str(tmp_path / "nothing"))
+        assert prepare_bank(source, tmp_path / "bank", workers=1).rejected == 1
+    assert prepare_bank(source, tmp_path / "bank", workers=1).clips == {"noise": 2}
+    monkeypatch.setenv("PATH", str(tmp_path / "nothing"))
+    assert prepare_bank(source, tmp_path / "bank", workers=1).rejected == 0

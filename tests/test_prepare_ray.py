@@ -117,7 +117,7 @@ def test_a_machine_that_sees_less_than_the_driver_rejects_nothing_for_it(
     corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = tmp_path / "out"
-    job = ShardJob(corpus, out, "train-000000.tar", 0, (NAMES[0],), None, "wav", 16_000, None, "job")
+    job = ShardJob(corpus, out, "train-000000.tar", 0, (NAMES[0],), None, "wav", 16_000, False, "job")
     with pytest.raises(RunError, match=r"sees no folder .*/out/\.prepare; SRC and OUT must lie"):
         build_shard_elsewhere(job)
     (out / ".prepare").mkdir(parents=True)
@@ -125,7 +125,7 @@ def test_a_machine_that_sees_less_than_the_driver_rejects_nothing_for_it(
         build_shard_elsewhere(replace(job, source=tmp_path / "elsewhere"))
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(RunError, match="holds files for ffmpeg, which is not installed on "):
-        build_shard_elsewhere(replace(job, ffmpeg=True))
+        build_shard_elsewhere(replace(job, paths=("a.m4a",)))
     assert list(out.glob("*.tar")) == []
     assert build_shard_elsewhere(job).seconds == 1.0
 

@@ -7,7 +7,7 @@ import struct
 import subprocess
 import tempfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -57,6 +57,11 @@ def needs_ffmpeg(path: str | os.PathLike[str]) -> bool:
 def is_installed() -> bool:
     """Whether there is a program ffmpeg on the `PATH`."""
     return shutil.which("ffmpeg") is not None
+
+
+def is_lacking(paths: Iterable[str]) -> bool:
+    """Whether any of these files needs ffmpeg, and there is none."""
+    return any(map(needs_ffmpeg, paths)) and not is_installed()
 
 
 @contextmanager

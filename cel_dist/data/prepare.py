@@ -22,7 +22,7 @@ import numpy as np
 
 from cel_dist.data.audio import SAMPLE_RATE, AudioFormat
 from cel_dist.data.bank import BANK_NAME
-from cel_dist.data.ffmpeg import is_installed, needs_ffmpeg
+from cel_dist.data.ffmpeg import is_lacking
 from cel_dist.data.files import atomic_write, leftovers, require_folder_or_nothing, sha256_of, sole_writer, writing_into
 from cel_dist.data.folder import ShardFolder
 from cel_dist.data.index import INDEX_NAME, Index
@@ -238,7 +238,7 @@ def _shard_jobs(
                 speakers=None if speakers is None else tuple(speakers[place] for place in places),
                 audio_format=description.audio_format,
                 min_samples=round(description.min_seconds * SAMPLE_RATE),
-                ffmpeg=is_installed() if any(map(needs_ffmpeg, chosen)) else None,
+                lacks_ffmpeg=is_lacking(chosen),
                 fingerprint=description.fingerprint(stamp(source, chosen)),
             )
         )

@@ -25,6 +25,7 @@ from cel_dist.data.bank import (
     CategoryRecord,
     category_path,
 )
+from cel_dist.data.ffmpeg import is_lacking
 from cel_dist.data.files import atomic_write, leftovers, require_folder_or_nothing, sole_writer, writing_into
 from cel_dist.data.pool import run_jobs
 from cel_dist.data.progress import Progress, Reporter
@@ -120,11 +121,12 @@ def prepare_bank(
     else:
         by_category, skipped = _sort_files(source, find_audio(source))
     fingerprint = hashlib.sha256(json.dumps([str(source.resolve()), by_category]).encode()).hexdigest()
-    files = stamp(source, [path for paths in by_category.values() for path in paths])
+    all_paths = [path for paths in by_category.values() for path in paths]
+    files, lacks_ffmpeg = stamp(source, all_paths), is_lacking(all_paths)
     with writing_into(out):
         out.mkdir(parents=True, exist_ok=True)
         with sole_writer(out):
-            finished = _finished(out, fingerprint, files)
+            finished = _finished(out, fingerprint, files, lacks_ffmpeg)
             if finished is not None:
                 logger.info("%s is already complete: %s", out, _counts(finished.clips))
                 return finished
@@ -158,7 +160,7 @@ def _sort_files(source: Path, paths: Sequence[str]) -> tuple[dict[Category, list
     return by_category, skipped.total()
 
 
-def _finished(out: Path, fingerprint: str, files: str) -> BankResult | None:
+def _finished(out: Path, fingerprint: str, files: str, lacks_ffmpeg: bool) -> BankResult | None:
     if (out / MANIFEST_NAME).exists():
         raise CelError(f"{out} holds shards; give another folder for the bank")
     if not (out / BANK_NAME).exists():
@@ -166,7 +168,7 @@ def _finished(out: Path, fingerprint: str, files: str) -> BankResult | None:
     manifest = BankManifest.load(out)
     if manifest.job != fingerprint:
         raise CelError(f"{out} holds a bank of another source or other files; give another folder or empty it")
-    if manifest.files != files:
+    if manifest.files != files or (manifest.lacked_ffmpeg and not lacks_ffmpeg):
         return None
     for category, record in manifest.categories.items():
         path = category_path(out, category)
@@ -208,7 +210,14 @@ def _write(
     with atomic_write(out / CLIPS_NAME) as file:
         np.savez(file, **lengths)  # type: ignore[arg-type]
     fingerprint, files = job
-    manifest = BankManifest(job=fingerprint, files=files, rejected=len(rejects), skipped=skipped, categories=records)
+    manifest = BankManifest(
+        job=fingerprint,
+        files=files,
+        lacked_ffmpeg=any(is_lacking(paths) for paths in by_category.values()),
+        rejected=len(rejects),
+        skipped=skipped,
+        categories=records,
+    )
     manifest.save(out)
     result = BankResult({name: records[name].clips for name in records}, skipped, len(rejects), table)
     logger.info("bank: %s", _counts(result.clips))

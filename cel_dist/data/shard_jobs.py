@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from cel_dist.data.audio import AudioFormat, encode_audio
-from cel_dist.data.ffmpeg import is_installed
+from cel_dist.data.ffmpeg import is_lacking
 from cel_dist.data.files import atomic_write
 from cel_dist.data.index import ShardRows
 from cel_dist.data.rejects import Reject, read_usable
@@ -34,8 +34,8 @@ class ShardJob:
     speakers: tuple[str, ...] | None
     audio_format: AudioFormat
     min_samples: int
-    ffmpeg: bool | None
-    """Whether ffmpeg was installed where the job was made; None if none of the files wants it."""
+    lacks_ffmpeg: bool
+    """Whether any of the files needs ffmpeg, which is not installed where the job was made."""
     fingerprint: str
 
 
@@ -46,6 +46,8 @@ class ShardOutcome:
     record: ShardRecord | None
     rows: ShardRows
     rejects: tuple[Reject, ...]
+    lacked_ffmpeg: bool = False
+    """Whether files were rejected for want of ffmpeg."""
 
     @property
     def seconds(self) -> float:
@@ -62,6 +64,7 @@ class ShardOutcome:
             "rows": rows,
             "speakers": self.rows.speakers,
             "rejects": self.rejects,
+            "lacked_ffmpeg": self.lacked_ffmpeg,
         }
         with atomic_write(path) as file:
             file.write(json.dumps(state).encode())
@@ -76,7 +79,9 @@ class ShardOutcome:
             record = None if state["record"] is None else ShardRecord.model_validate(state["record"])
             offset, size, samples = (np.array(column, np.int64) for column in state["rows"])
             rows = ShardRows(offset, size, samples, tuple(state["speakers"]))
-            return cls(record, rows, tuple(Reject(*fields) for fields in state["rejects"]))
+            return cls(
+                record, rows, tuple(Reject(*fields) for fields in state["rejects"]), state.get("lacked_ffmpeg", False)
+            )
         except (FileNotFoundError, ValueError, KeyError, TypeError):
             return None
 
@@ -88,6 +93,8 @@ def _outcome_path(job: ShardJob) -> Path:
 def earlier_outcome(job: ShardJob) -> ShardOutcome | None:
     """What is on record of the very job, if its shard is there in the recorded size; None if it must be done."""
     outcome = ShardOutcome.load(_outcome_path(job), job.fingerprint)
+    if outcome is not None and outcome.lacked_ffmpeg and not job.lacks_ffmpeg:
+        return None
     if outcome is not None and outcome.record is not None:
         try:
             if (job.out / job.name).stat().st_size != outcome.record.bytes:
@@ -113,7 +120,7 @@ def build_shard(job: ShardJob) -> ShardOutcome:
         (job.out / job.name).unlink(missing_ok=True)
     else:
         record, rows = write_shard(job.out / job.name, chain([first], utterances), job.audio_format)
-    outcome = ShardOutcome(record, rows, tuple(rejects))
+    outcome = ShardOutcome(record, rows, tuple(rejects), job.lacks_ffmpeg)
     outcome.save(_outcome_path(job), job.fingerprint)
     return outcome
 
@@ -127,8 +134,8 @@ def build_shard_elsewhere(job: ShardJob) -> ShardOutcome:
         OSError: the shard could not be written; nothing of it is left.
     """
     host = socket.gethostname()
-    if job.ffmpeg is not None and job.ffmpeg != is_installed():
-        lacking = f"on {host}" if job.ffmpeg else "where the preparation was started"
+    if is_lacking(job.paths) != job.lacks_ffmpeg:
+        lacking = "where the preparation was started" if job.lacks_ffmpeg else f"on {host}"
         raise RunError(f"{job.name} holds files for ffmpeg, which is not installed {lacking}; install it everywhere")
     for folder in (job.source, job.out / STATE_NAME):
         if not folder.is_dir():

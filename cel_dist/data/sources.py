@@ -8,7 +8,6 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from cel_dist.data.audio import AUDIO_SUFFIXES
-from cel_dist.data.ffmpeg import is_installed, needs_ffmpeg
 from cel_dist.errors import CelError
 
 
@@ -111,12 +110,9 @@ def read_labels(labels_file: Path, paths: Sequence[str]) -> list[str]:
 def stamp(source: Path, paths: Sequence[str]) -> str:
     """A digest of the sizes and times of change of `paths`, by which a rerun notices that one was replaced.
 
-    One `stat` a file; a file that is not there has a stamp too. Files that want ffmpeg have another one once it is
-    installed, so that a rerun takes them in.
+    One `stat` a file; a file that is not there has a stamp too.
     """
     digest = hashlib.sha256()
-    if any(map(needs_ffmpeg, paths)) and is_installed():
-        digest.update(b"ffmpeg")
     for path in paths:
         try:
             # os.path, not pathlib: a preparation may be about a million files.
