@@ -17,7 +17,7 @@ HEAVY = {"torch", "torchaudio", "ray", "mlflow", "deepspeed", "webdataset"}
 IMPORTED_ONLY_BY = {
     "deepspeed": ("engine.py",),
     "mlflow": ("tracking/",),
-    "ray": ("sweep.py",),
+    "ray": ("data/ray_pool.py", "sweep.py"),
     "webdataset": ("data/stream.py",),
     "torchaudio": ("features.py", "data/augment.py"),
     "soundfile": ("data/audio.py", "corpus/"),

@@ -6,6 +6,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 _QUIET_SECONDS = 2.0
+# Shards come in bursts, a minute or more apart when they are large.
+_SPEED_ESTIMATE_SECONDS = 600.0
 
 
 @contextmanager
@@ -15,15 +17,33 @@ def progress_bar(text: str) -> Iterator[Callable[[int, int], None] | None]:
         yield None
         return
     from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
 
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    bar = Progress(*columns, console=Console(stderr=True), transient=True)
-    task = bar.add_task(text, total=None)
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+    )
+    bar = Progress(
+        *columns, console=Console(stderr=True), transient=True, speed_estimate_period=_SPEED_ESTIMATE_SECONDS
+    )
     begin = time.monotonic()
 
     def advance(done: int, total: int) -> None:
-        bar.update(task, completed=done, total=total)
+        if not bar.task_ids:
+            # What an earlier run did is no speed of this one.
+            bar.add_task(text, completed=done, total=total)
+        bar.update(bar.task_ids[0], completed=done, total=total)
         if not bar.live.is_started and time.monotonic() - begin > _QUIET_SECONDS:
             bar.start()
 

@@ -3,7 +3,8 @@
 import io
 import os
 import struct
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -12,13 +13,15 @@ import numpy.typing as npt
 import soundfile
 import soxr
 
+from cel_dist.data.ffmpeg import FFMPEG_SUFFIXES, FFmpegError, decoded, needs_ffmpeg
+
 SAMPLE_RATE = 16_000
 AudioFormat = Literal["wav", "flac"]
 Reason = Literal["unreadable", "empty", "non_finite", "too_short", "silent"]
 
-AUDIO_SUFFIXES = frozenset(
-    {".wav", ".flac", ".ogg", ".oga", ".opus", ".mp3", ".aif", ".aiff", ".au", ".caf", ".w64", ".rf64", ".sph"}
-)
+AUDIO_SUFFIXES = FFMPEG_SUFFIXES | {
+    *(".wav", ".flac", ".ogg", ".oga", ".opus", ".mp3", ".aif", ".aiff", ".au", ".caf", ".w64", ".rf64", ".sph"),
+}
 """Lower-case file suffixes that are taken for audio when a folder is searched."""
 
 _INT16_SCALE = 32_768.0
@@ -49,21 +52,27 @@ def read_audio(source: Path | bytes, sample_rate: int = SAMPLE_RATE) -> npt.NDAr
 
     Channels are averaged, other rates go through the soxr resampler at its HQ setting, and values beyond full scale are
     clipped. 16-bit mono audio at `sample_rate` comes back bit for bit. The file is read in blocks, so that an hour of
-    44.1 kHz stereo needs the memory of its result only.
+    44.1 kHz stereo needs the memory of its result only. AAC and other formats that libsndfile does not know are decoded
+    by ffmpeg, which goes by the suffix of the path.
 
     Args:
-        source: path of a file, or its content.
+        source: path of a file, or its content, which ffmpeg is not asked about.
         sample_rate: rate of the result in Hz.
 
     Raises:
         AudioError: `unreadable`, `non_finite` or `empty`.
     """
     try:
-        # As bytes: soundfile cannot encode the name of a file that is not UTF-8.
-        with soundfile.SoundFile(os.fsencode(source) if isinstance(source, Path) else io.BytesIO(source)) as file:
-            if not _SOURCE_RATES_HZ[0] <= file.samplerate <= _SOURCE_RATES_HZ[1]:
-                raise AudioError("unreadable", f"its header states a rate of {file.samplerate} Hz")
-            blocks = list(_converted_blocks(file, sample_rate))
+        if isinstance(source, Path) and needs_ffmpeg(source):
+            with decoded(source) as stream:
+                blocks = list(_converted_blocks(stream.read, stream.rate_hz, stream.channels, sample_rate))
+        else:
+            # As bytes: soundfile cannot encode the name of a file that is not UTF-8.
+            with soundfile.SoundFile(os.fsencode(source) if isinstance(source, Path) else io.BytesIO(source)) as file:
+                read = partial(file.read, dtype="float32", always_2d=True)
+                blocks = list(_converted_blocks(read, file.samplerate, file.channels, sample_rate))
+    except FFmpegError as error:
+        raise AudioError("unreadable", str(error)) from None
     except (soundfile.SoundFileError, OSError, ValueError, TypeError) as error:
         raise AudioError("unreadable", getattr(error, "error_string", None) or str(error)) from None
     samples = np.concatenate(blocks) if blocks else np.zeros(0, np.int16)
@@ -72,16 +81,20 @@ def read_audio(source: Path | bytes, sample_rate: int = SAMPLE_RATE) -> npt.NDAr
     return samples
 
 
-def _converted_blocks(file: soundfile.SoundFile, sample_rate: int) -> Iterator[npt.NDArray[np.int16]]:
+def _converted_blocks(
+    read: Callable[[int], npt.NDArray[np.float32]], rate_hz: int, channels: int, sample_rate: int
+) -> Iterator[npt.NDArray[np.int16]]:
+    if not _SOURCE_RATES_HZ[0] <= rate_hz <= _SOURCE_RATES_HZ[1]:
+        raise AudioError("unreadable", f"its header states a rate of {rate_hz} Hz")
     resampler = None
-    if file.samplerate != sample_rate:
-        resampler = soxr.ResampleStream(file.samplerate, sample_rate, 1, dtype="float32", quality="HQ")
-    frames = max(1, _VALUES_AT_ONCE // file.channels)
+    if rate_hz != sample_rate:
+        resampler = soxr.ResampleStream(rate_hz, sample_rate, 1, dtype="float32", quality="HQ")
+    frames = max(1, _VALUES_AT_ONCE // channels)
     while True:
-        block = file.read(frames, dtype="float32", always_2d=True)
+        block = read(frames)
         if not np.isfinite(block).all():
             raise AudioError("non_finite", "contains NaN or infinity")
-        mono = block[:, 0] if file.channels == 1 else block.mean(axis=1)
+        mono = block[:, 0] if channels == 1 else block.mean(axis=1)
         if resampler is not None:
             mono = resampler.resample_chunk(np.ascontiguousarray(mono), last=len(block) < frames)
         yield np.clip(np.rint(mono * _INT16_SCALE), -32_768, 32_767).astype(np.int16)

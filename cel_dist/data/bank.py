@@ -48,6 +48,8 @@ class BankManifest(FolderManifest):
     """Fingerprint of the preparation, by which a rerun knows another one."""
     files: str = ""
     """Stamp of the source files, by which a rerun knows whether there is anything to do."""
+    lacked_ffmpeg: bool = False
+    """Whether files were rejected for want of ffmpeg, which a rerun takes in once it is installed."""
     rejected: NonNegativeInt
     skipped: NonNegativeInt
     """Audio files under no folder that names a category."""

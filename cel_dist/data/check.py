@@ -13,7 +13,7 @@ from cel_dist.data.files import leftovers, sha256_of
 from cel_dist.data.folder import index_disagreements
 from cel_dist.data.index import INDEX_NAME, Index, ShardRows
 from cel_dist.data.pool import run_jobs
-from cel_dist.data.rejects import Progress
+from cel_dist.data.progress import Progress
 from cel_dist.data.shards import MANIFEST_NAME, Manifest, ShardRecord, shard_paths
 from cel_dist.errors import CelError
 

@@ -3,6 +3,7 @@
 import fcntl
 import hashlib
 import os
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,9 +18,10 @@ _CHUNK_BYTES = 1 << 20
 def atomic_write(path: Path) -> Iterator[IO[bytes]]:
     """A binary file that appears as `path`, complete and on disk, when the block ends, and not at all if it raises.
 
-    The temporary file is `.NAME.PID.tmp` in the same folder; only a killed process leaves one behind.
+    The temporary file is `.NAME.HOST.PID.tmp` in the same folder; only a killed process leaves one behind. Processes of
+    several machines may write into one folder.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.tmp")
     try:
         with open(temporary, "wb") as file:
             yield file

@@ -12,7 +12,7 @@ import hashlib
 import json
 import logging
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass
 from itertools import chain
@@ -20,21 +20,34 @@ from pathlib import Path
 
 import numpy as np
 
-from cel_dist.data.audio import SAMPLE_RATE, AudioFormat, encode_audio
+from cel_dist.data.audio import SAMPLE_RATE, AudioFormat
 from cel_dist.data.bank import BANK_NAME
+from cel_dist.data.ffmpeg import is_lacking
 from cel_dist.data.files import atomic_write, leftovers, require_folder_or_nothing, sha256_of, sole_writer, writing_into
 from cel_dist.data.folder import ShardFolder
-from cel_dist.data.index import INDEX_NAME, Index, ShardRows
+from cel_dist.data.index import INDEX_NAME, Index
 from cel_dist.data.pool import run_jobs
-from cel_dist.data.rejects import REJECTS_NAME, Progress, Reject, read_usable, write_rejects
-from cel_dist.data.shards import MANIFEST_NAME, Manifest, ShardRecord, Utterance, write_shard
+from cel_dist.data.progress import Progress, Reporter
+from cel_dist.data.ray_pool import run_jobs_on_ray
+from cel_dist.data.rejects import REJECTS_NAME, write_rejects
+from cel_dist.data.shard_jobs import (
+    STATE_NAME,
+    ShardJob,
+    ShardOutcome,
+    build_shard,
+    build_shard_elsewhere,
+    earlier_outcome,
+)
+from cel_dist.data.shards import MANIFEST_NAME, Manifest
 from cel_dist.data.sources import find_audio, read_labels, read_list, stamp
 from cel_dist.errors import CelError
 
-STATE_NAME = ".prepare"
 JOB_NAME = "job.json"
 # Two segments of 180 frames, the published length: what `data.short` of the configuration decides about.
 TWO_SEGMENTS = 2 * (180 * 160 + 240)
+
+Build = Callable[[Sequence[ShardJob]], Generator[ShardOutcome, None, None]]
+"""Builds the shards of jobs and yields their outcomes in that order."""
 
 logger = logging.getLogger(__name__)
 
@@ -66,69 +79,18 @@ class JobDescription:
         return hashlib.sha256(json.dumps([asdict(self), files], sort_keys=True).encode()).hexdigest()
 
 
-@dataclass(frozen=True)
-class ShardJob:
-    """One shard to write; holds all that `build_shard` needs, so that any process or machine can do it."""
-
-    source: Path
-    out: Path
-    name: str
-    first: int
-    """Position of the first file in the shuffled order."""
-    paths: tuple[str, ...]
-    speakers: tuple[str, ...] | None
-    audio_format: AudioFormat
-    min_samples: int
-    fingerprint: str
-
-
-@dataclass(frozen=True)
-class ShardOutcome:
-    """A finished shard; `record` is None if every file was rejected and there is none."""
-
-    record: ShardRecord | None
-    rows: ShardRows
-    rejects: tuple[Reject, ...]
-
-    def save(self, path: Path, fingerprint: str) -> None:
-        """Write `OUT/.prepare/NAME.json`, so that a rerun of the job with this fingerprint need not do it again."""
-        record = None if self.record is None else self.record.model_dump()
-        rows = [column.tolist() for column in (self.rows.offset, self.rows.size, self.rows.samples)]
-        state = {
-            "fingerprint": fingerprint,
-            "record": record,
-            "rows": rows,
-            "speakers": self.rows.speakers,
-            "rejects": self.rejects,
-        }
-        with atomic_write(path) as file:
-            file.write(json.dumps(state).encode())
-
-    @classmethod
-    def load(cls, path: Path, fingerprint: str) -> "ShardOutcome | None":
-        """Read what `save` wrote; None if that was not done, or for another job."""
-        try:
-            state = json.loads(path.read_bytes())
-            if state["fingerprint"] != fingerprint:
-                return None
-            record = None if state["record"] is None else ShardRecord.model_validate(state["record"])
-            offset, size, samples = (np.array(column, np.int64) for column in state["rows"])
-            rows = ShardRows(offset, size, samples, tuple(state["speakers"]))
-            return cls(record, rows, tuple(Reject(*fields) for fields in state["rejects"]))
-        except (FileNotFoundError, ValueError, KeyError, TypeError):
-            return None
-
-
 def prepare(
     source: str | Path,
     out: str | Path,
     *,
     list_file: str | Path | None = None,
     labels: str | Path | None = None,
+    utterances: Mapping[str, str] | None = None,
     audio_format: AudioFormat = "wav",
     samples_per_shard: int = 1000,
     seed: int = 0,
     workers: int | None = None,
+    ray_address: str | None = None,
     min_seconds: float = 1.0,
     prefix: str = "train",
     progress: Progress | None = None,
@@ -145,23 +107,32 @@ def prepare(
         out: folder to write; it must not hold shards of another preparation.
         list_file: names the files to take, one a line. Default: every audio file below `source`.
         labels: lines `path speaker`; the speaker is stored with the sample and read by fine-tuning only.
+        utterances: path and speaker of every file to take, instead of a list and labels.
         audio_format: `wav` decodes some 250 times faster when segments are read, `flac` takes about half the space.
         samples_per_shard: source files a shard.
         seed: seed of the order.
-        workers: processes; default: the cores that this process may use.
+        workers: processes; default: the cores that this process may use. With Ray, the most jobs under way at once.
+        ray_address: the Ray cluster that does the work, as `ray.init` takes it; `local` starts one on this machine for
+            the time. Source and `out` must be on a file system that all its machines share. None: no Ray.
         min_seconds: shorter files are rejected.
         prefix: shards are called `PREFIX-%06d.tar`.
-        progress: called with the number of files done and in all.
+        progress: called with the number of files done and in all. None: a line in the log every half minute.
 
     Raises:
         CelError: source, list, labels or an option cannot be used; `out` holds something else; all files were rejected.
-        RunError: the disk is full, a worker was killed, or another run is writing `out`.
+        RunError: the disk is full, a worker was killed, the Ray cluster cannot be reached, or another run is writing
+            `out`.
     """
     source, out = Path(source), Path(out)
     _check_options(samples_per_shard, seed, workers, min_seconds, prefix)
     require_folder_or_nothing(out)
-    paths = find_audio(source) if list_file is None else read_list(Path(list_file), source)
-    speakers = None if labels is None else read_labels(Path(labels), paths)
+    speakers: Sequence[str] | None
+    if utterances is not None:
+        paths = sorted(utterances)
+        speakers = [utterances[path] for path in paths]
+    else:
+        paths = find_audio(source) if list_file is None else read_list(Path(list_file), source)
+        speakers = None if labels is None else read_labels(Path(labels), paths)
     description = JobDescription(
         str(source.resolve()), _digest(paths, speakers), audio_format, samples_per_shard, seed, min_seconds, prefix
     )
@@ -170,7 +141,7 @@ def prepare(
         with sole_writer(out):
             _claim(out, description)
             jobs = _shard_jobs(source, out, paths, speakers, description)
-            outcomes = {job.name: outcome for job in jobs if (outcome := _earlier_outcome(job)) is not None}
+            outcomes = {job.name: outcome for job in jobs if (outcome := earlier_outcome(job)) is not None}
             finished = _finished(out, outcomes) if len(outcomes) == len(jobs) else None
             if finished is not None:
                 logger.info(
@@ -179,7 +150,8 @@ def prepare(
                 return finished
             # While shards are replaced, the folder is not whole and must not pass for it.
             (out / MANIFEST_NAME).unlink(missing_ok=True)
-            return _finalise(out, description, _run(jobs, outcomes, len(paths), workers, progress))
+            built = _run(jobs, outcomes, len(paths), _builder(workers, ray_address), progress)
+            return _finalise(out, description, built)
 
 
 def _check_options(samples_per_shard: int, seed: int, workers: int | None, min_seconds: float, prefix: str) -> None:
@@ -217,7 +189,11 @@ def _claim(out: Path, description: JobDescription) -> None:
         state.mkdir(exist_ok=True)
         with atomic_write(state / JOB_NAME) as file:
             file.write(json.dumps(now, indent=1).encode())
-    for path in leftovers(out) + leftovers(state):
+    _clear_leftovers(out)
+
+
+def _clear_leftovers(out: Path) -> None:
+    for path in leftovers(out) + leftovers(out / STATE_NAME):
         path.unlink()
 
 
@@ -253,91 +229,58 @@ def _shard_jobs(
         chosen = tuple(paths[place] for place in places)
         jobs.append(
             ShardJob(
-                source=source,
-                out=out,
+                # A worker on another machine, or of a cluster that was there before, works in a folder of its own.
+                source=source.absolute(),
+                out=out.absolute(),
                 name=f"{description.prefix}-{number:06d}.tar",
                 first=first,
                 paths=chosen,
                 speakers=None if speakers is None else tuple(speakers[place] for place in places),
                 audio_format=description.audio_format,
                 min_samples=round(description.min_seconds * SAMPLE_RATE),
+                lacks_ffmpeg=is_lacking(chosen),
                 fingerprint=description.fingerprint(stamp(source, chosen)),
             )
         )
     return jobs
 
 
+def _builder(workers: int | None, ray_address: str | None) -> Build:
+    """How shards are built: by processes of this machine, or by a Ray cluster."""
+    if ray_address is None:
+        return lambda jobs: run_jobs(build_shard, jobs, len(jobs), workers)
+    return lambda jobs: run_jobs_on_ray(
+        build_shard_elsewhere, jobs, len(jobs), ray_address, workers, name=lambda job: job.name
+    )
+
+
 def _run(
     jobs: Sequence[ShardJob],
     earlier: Mapping[str, ShardOutcome],
     num_files: int,
-    workers: int | None,
+    build: Build,
     progress: Progress | None,
 ) -> list[ShardOutcome]:
     outcomes = dict(earlier)
     missing = [job for job in jobs if job.name not in outcomes]
-    done = sum(len(job.paths) for job in jobs if job.name in outcomes)
     if outcomes:
         logger.info("continuing: %d of %d shards are there, and their files as they were", len(outcomes), len(jobs))
-    if progress is not None:
-        progress(done, num_files)
-    with closing(run_jobs(build_shard, missing, len(missing), workers)) as results:
+    reporter = Reporter(
+        progress,
+        num_files,
+        done=sum(len(job.paths) for job in jobs if job.name in earlier),
+        audio_seconds=sum(outcome.seconds for outcome in earlier.values()),
+    )
+    with closing(build(missing)) as results:
         for job, outcome in zip(missing, results, strict=True):
             outcomes[job.name] = outcome
-            done += len(job.paths)
-            if progress is not None:
-                progress(done, num_files)
+            reporter.add(len(job.paths), outcome.seconds)
     return [outcomes[job.name] for job in jobs]
 
 
-def _outcome_path(job: ShardJob) -> Path:
-    return job.out / STATE_NAME / f"{job.name}.json"
-
-
-def _earlier_outcome(job: ShardJob) -> ShardOutcome | None:
-    outcome = ShardOutcome.load(_outcome_path(job), job.fingerprint)
-    if outcome is not None and outcome.record is not None:
-        try:
-            if (job.out / job.name).stat().st_size != outcome.record.bytes:
-                return None
-        except FileNotFoundError:
-            return None
-    return outcome
-
-
-def build_shard(job: ShardJob) -> ShardOutcome:
-    """Decode the files of a job, write its shard and the record that it is finished.
-
-    Raises:
-        OSError: the shard could not be written; nothing of it is left.
-    """
-    rejects: list[Reject] = []
-    utterances = _usable_utterances(job, rejects)
-    first = next(utterances, None)
-    if first is None:
-        empty = np.zeros(0, np.int64)
-        record, rows = None, ShardRows(empty, empty, empty, ())
-        # One from before its files were replaced may be there.
-        (job.out / job.name).unlink(missing_ok=True)
-    else:
-        record, rows = write_shard(job.out / job.name, chain([first], utterances), job.audio_format)
-    outcome = ShardOutcome(record, rows, tuple(rejects))
-    outcome.save(_outcome_path(job), job.fingerprint)
-    return outcome
-
-
-def _usable_utterances(job: ShardJob, rejects: list[Reject]) -> Iterator[Utterance]:
-    for number, path in enumerate(job.paths):
-        samples = read_usable(job.source, path, job.min_samples)
-        if isinstance(samples, Reject):
-            rejects.append(samples)
-            continue
-        speaker = None if job.speakers is None else job.speakers[number]
-        audio = encode_audio(samples, job.audio_format)
-        yield Utterance(f"{job.first + number:09d}", audio, len(samples), path, speaker)
-
-
 def _finalise(out: Path, description: JobDescription, outcomes: Sequence[ShardOutcome]) -> PrepareResult:
+    # Those of workers that were killed and whose jobs Ray gave to others.
+    _clear_leftovers(out)
     rejects = [reject for outcome in outcomes for reject in outcome.rejects]
     table = write_rejects(out, rejects)
     written = [(outcome.record, outcome.rows) for outcome in outcomes if outcome.record is not None]

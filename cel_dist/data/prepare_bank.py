@@ -5,7 +5,7 @@ import json
 import logging
 import posixpath
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from itertools import islice
@@ -25,9 +25,11 @@ from cel_dist.data.bank import (
     CategoryRecord,
     category_path,
 )
+from cel_dist.data.ffmpeg import is_lacking
 from cel_dist.data.files import atomic_write, leftovers, require_folder_or_nothing, sole_writer, writing_into
 from cel_dist.data.pool import run_jobs
-from cel_dist.data.rejects import REJECTS_NAME, Progress, Reject, read_usable, write_rejects
+from cel_dist.data.progress import Progress, Reporter
+from cel_dist.data.rejects import REJECTS_NAME, Reject, read_usable, write_rejects
 from cel_dist.data.shards import MANIFEST_NAME
 from cel_dist.data.sources import find_audio, stamp
 from cel_dist.errors import CelError
@@ -86,7 +88,12 @@ def _read_clip(job: _ClipJob) -> npt.NDArray[np.int16] | Reject:
 
 
 def prepare_bank(
-    source: str | Path, out: str | Path, *, workers: int | None = None, progress: Progress | None = None
+    source: str | Path,
+    out: str | Path,
+    *,
+    clips: Mapping[Category, Sequence[str]] | None = None,
+    workers: int | None = None,
+    progress: Progress | None = None,
 ) -> BankResult:
     """Write the noises, voices, music and room responses below `source` as a bank at 16 kHz.
 
@@ -97,8 +104,9 @@ def prepare_bank(
         source: folder of the audio. The deepest folder with a known name decides what a file is (see `category_of`);
             the name of `source` itself counts if none below it does.
         out: folder to write; it must not hold another bank, or shards.
+        clips: the files of each category, relative to `source`. Default: those that the names of folders tell.
         workers: processes; default: the cores that this process may use.
-        progress: called with the number of files done and in all.
+        progress: called with the number of files done and in all. None: a line in the log every half minute.
 
     Raises:
         CelError: `source` cannot be used or has no known folder, `out` holds something else, all files were rejected.
@@ -108,13 +116,17 @@ def prepare_bank(
     if workers is not None and workers < 1:
         raise CelError(f"the number of workers must be at least 1, not {workers}; leave it out for all cores")
     require_folder_or_nothing(out)
-    by_category, skipped = _sort_files(source, find_audio(source))
+    if clips is not None:
+        by_category, skipped = {category: list(paths) for category, paths in clips.items()}, 0
+    else:
+        by_category, skipped = _sort_files(source, find_audio(source))
     fingerprint = hashlib.sha256(json.dumps([str(source.resolve()), by_category]).encode()).hexdigest()
-    files = stamp(source, [path for paths in by_category.values() for path in paths])
+    all_paths = [path for paths in by_category.values() for path in paths]
+    files, lacks_ffmpeg = stamp(source, all_paths), is_lacking(all_paths)
     with writing_into(out):
         out.mkdir(parents=True, exist_ok=True)
         with sole_writer(out):
-            finished = _finished(out, fingerprint, files)
+            finished = _finished(out, fingerprint, files, lacks_ffmpeg)
             if finished is not None:
                 logger.info("%s is already complete: %s", out, _counts(finished.clips))
                 return finished
@@ -148,7 +160,7 @@ def _sort_files(source: Path, paths: Sequence[str]) -> tuple[dict[Category, list
     return by_category, skipped.total()
 
 
-def _finished(out: Path, fingerprint: str, files: str) -> BankResult | None:
+def _finished(out: Path, fingerprint: str, files: str, lacks_ffmpeg: bool) -> BankResult | None:
     if (out / MANIFEST_NAME).exists():
         raise CelError(f"{out} holds shards; give another folder for the bank")
     if not (out / BANK_NAME).exists():
@@ -156,7 +168,7 @@ def _finished(out: Path, fingerprint: str, files: str) -> BankResult | None:
     manifest = BankManifest.load(out)
     if manifest.job != fingerprint:
         raise CelError(f"{out} holds a bank of another source or other files; give another folder or empty it")
-    if manifest.files != files:
+    if manifest.files != files or (manifest.lacked_ffmpeg and not lacks_ffmpeg):
         return None
     for category, record in manifest.categories.items():
         path = category_path(out, category)
@@ -198,7 +210,14 @@ def _write(
     with atomic_write(out / CLIPS_NAME) as file:
         np.savez(file, **lengths)  # type: ignore[arg-type]
     fingerprint, files = job
-    manifest = BankManifest(job=fingerprint, files=files, rejected=len(rejects), skipped=skipped, categories=records)
+    manifest = BankManifest(
+        job=fingerprint,
+        files=files,
+        lacked_ffmpeg=any(is_lacking(paths) for paths in by_category.values()),
+        rejected=len(rejects),
+        skipped=skipped,
+        categories=records,
+    )
     manifest.save(out)
     result = BankResult({name: records[name].clips for name in records}, skipped, len(rejects), table)
     logger.info("bank: %s", _counts(result.clips))
@@ -229,10 +248,10 @@ def _write_category(
 def _with_progress(
     clips: Iterator[npt.NDArray[np.int16] | Reject], total: int, progress: Progress | None
 ) -> Iterator[npt.NDArray[np.int16] | Reject]:
-    for done, clip in enumerate(clips, 1):
+    reporter = Reporter(progress, total)
+    for clip in clips:
         yield clip
-        if progress is not None:
-            progress(done, total)
+        reporter.add(1, 0.0 if isinstance(clip, Reject) else len(clip) / SAMPLE_RATE)
 
 
 def _counts(clips: dict[Category, int]) -> str:

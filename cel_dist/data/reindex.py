@@ -9,7 +9,7 @@ from cel_dist.data.audio import SAMPLE_RATE, AudioFormat
 from cel_dist.data.files import sha256_of, sole_writer, writing_into
 from cel_dist.data.index import INDEX_NAME, Index, ShardRows
 from cel_dist.data.pool import run_jobs
-from cel_dist.data.rejects import Progress
+from cel_dist.data.progress import Progress
 from cel_dist.data.shards import MANIFEST_NAME, Manifest, ShardRecord, index_rows, shard_paths
 from cel_dist.errors import CelError
 

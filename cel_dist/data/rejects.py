@@ -1,6 +1,6 @@
 """Files that a preparation could not use, and the table that names them."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -11,9 +11,6 @@ from cel_dist.data.audio import AudioError, Reason, read_audio, require_usable
 from cel_dist.data.files import atomic_write
 
 REJECTS_NAME = "rejects.tsv"
-
-Progress = Callable[[int, int], None]
-"""Told the number of files done and the number of files in all."""
 
 
 class Reject(NamedTuple):

@@ -12,12 +12,24 @@ from cel_dist.errors import CelError
 
 
 def find_audio(source: Path) -> list[str]:
+    """`audio_below`, for whom there must be some.
+
+    Raises:
+        CelError: as `audio_below`, or there is no audio.
+    """
+    found = audio_below(source)
+    if not found:
+        raise CelError(f"no audio below {source}; looked for files that end in {', '.join(sorted(AUDIO_SUFFIXES))}")
+    return found
+
+
+def audio_below(source: Path) -> list[str]:
     """Every audio file below `source`, by suffix, as sorted POSIX paths relative to it.
 
     Links to folders are followed; a folder that is reached twice, as by a link to its own parent, is read once.
 
     Raises:
-        CelError: `source` is not a folder, cannot be read, or holds no audio.
+        CelError: `source` is not a folder, or cannot be read.
     """
     require_folder(source)
     found: list[str] = []
@@ -42,8 +54,6 @@ def find_audio(source: Path) -> list[str]:
             for entry in entries
             if os.path.splitext(entry.name)[1].lower() in AUDIO_SUFFIXES and not entry.is_dir()
         ]
-    if not found:
-        raise CelError(f"no audio below {source}; looked for files that end in {', '.join(sorted(AUDIO_SUFFIXES))}")
     return sorted(found)
 
 
