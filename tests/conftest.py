@@ -1,12 +1,15 @@
 """What all tests share: where the reference data lies, and a corpus made once."""
 
 import os
+import subprocess
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
 from audio_tree import write_bank_audio, write_tree, write_trials
+from prepare_corpus import NAMES, speaker_of, write_corpus
 
 from cel_dist.data.prepare import prepare
 from cel_dist.data.prepare_bank import prepare_bank
@@ -42,6 +45,41 @@ def small_corpus(tmp_path_factory: pytest.TempPathFactory) -> SmallCorpus:
     prepare_bank(write_bank_audio(folder / "bank_audio"), folder / "bank", workers=1)
     trials = write_trials(folder / "trials.txt", speakers=10, utterances=2)
     return SmallCorpus(audio, folder / "shards", folder / "bank", trials)
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tree of 20 files with odd names, as `prepare_corpus` describes it."""
+    return write_corpus(tmp_path_factory.mktemp("corpus"))
+
+
+@pytest.fixture(scope="session")
+def labels(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The speakers of `corpus`."""
+    path = tmp_path_factory.mktemp("labels") / "labels"
+    path.write_text("".join(f"{name} {speaker_of(name)}\n" for name in NAMES), encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def mount_disk(tmp_path: Path) -> Iterator[Callable[[int], Path]]:
+    """Mounts a disk of so many KiB in the test's folder, of its own file system."""
+    mounted: list[Path] = []
+
+    def mount(kib: int) -> Path:
+        folder = tmp_path / "disk"
+        folder.mkdir()
+        command = ["mount", "-t", "tmpfs", "-o", f"size={kib}k", "tmpfs", str(folder)]
+        done = subprocess.run(command, capture_output=True, check=False)
+        if done.returncode:
+            pytest.skip(f"mounting a small tmpfs is not permitted here: {done.stderr.decode().strip()}")
+        mounted.append(folder)
+        return folder
+
+    yield mount
+    for folder in mounted:
+        # Lazily: a thread that fetches ahead may hold a file a moment longer.
+        subprocess.run(["umount", "--lazy", folder], check=True)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -15,18 +15,6 @@ from cel_dist.data.prepare import prepare
 from cel_dist.errors import CelError
 
 
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_corpus(tmp_path_factory.mktemp("corpus"))
-
-
-@pytest.fixture(scope="module")
-def labels(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("labels") / "labels"
-    path.write_text("".join(f"{name} {speaker_of(name)}\n" for name in NAMES), encoding="utf-8")
-    return path
-
-
 def test_every_file_of_a_tree_is_there_once_with_its_audio(corpus: Path, tmp_path: Path) -> None:
     result = prepare(corpus, tmp_path / "out", samples_per_shard=8, workers=1)
     assert (result.samples, result.shards, result.rejected) == (20, 3, 0)

@@ -6,29 +6,17 @@ import resource
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import soundfile
-from prepare_corpus import NAMES, contents, paths, speaker_of, table, voice, write_corpus
+from prepare_corpus import NAMES, contents, paths, table, voice, write_corpus
 
 from cel_dist.data.check import check_shards
 from cel_dist.data.folder import ShardFolder
 from cel_dist.data.prepare import prepare
 from cel_dist.errors import CelError, RunError
-
-
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_corpus(tmp_path_factory.mktemp("corpus"))
-
-
-@pytest.fixture(scope="module")
-def labels(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("labels") / "labels"
-    path.write_text("".join(f"{name} {speaker_of(name)}\n" for name in NAMES), encoding="utf-8")
-    return path
 
 
 def test_a_finished_job_is_not_done_again_and_another_one_is_refused(corpus: Path, tmp_path: Path) -> None:
@@ -152,27 +140,19 @@ def test_a_killed_worker_is_one_error_and_the_run_is_continued(corpus: Path, tmp
     assert check_shards(tmp_path / "out", workers=1) == []
 
 
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    mount = tmp_path / "disk"
-    mount.mkdir()
-    done = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=600k", "tmpfs", mount], capture_output=True, check=False)
-    if done.returncode:
-        pytest.skip(f"mounting a small tmpfs is not permitted here: {done.stderr.decode().strip()}")
-    yield mount
-    subprocess.run(["umount", mount], check=True)
-
-
 @pytest.mark.parametrize("workers", [1, 2])
-def test_a_full_disk_leaves_no_half_shard_and_is_continued(corpus: Path, small_disk: Path, workers: int) -> None:
-    out = small_disk / "out"
+def test_a_full_disk_leaves_no_half_shard_and_is_continued(
+    corpus: Path, mount_disk: Callable[[int], Path], workers: int
+) -> None:
+    disk = mount_disk(600)
+    out = disk / "out"
     with pytest.raises(RunError, match=r"cannot write .*disk/out: no space left on device.*run the same command again"):
         prepare(corpus, out, samples_per_shard=4, workers=workers)
     assert not (out / "manifest.json").exists()
     assert list(out.glob(".*.tmp")) == []
     recorded = {path.name.removesuffix(".json") for path in (out / ".prepare").glob("*.tar.json")}
     assert recorded == {path.name for path in out.glob("*.tar")} != set()
-    subprocess.run(["mount", "-o", "remount,size=8m", small_disk], check=True)
+    subprocess.run(["mount", "-o", "remount,size=8m", disk], check=True)
     assert prepare(corpus, out, samples_per_shard=4, workers=1).samples == 20
     assert check_shards(out, workers=1) == []
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from prepare_corpus import NAMES, contents, speaker_of, write_corpus
+from prepare_corpus import NAMES, contents
 from ray_jobs import MarkedJob, die_if_odd, die_the_first_time, fail, square
 
 from cel_dist.cli.app import run
@@ -37,18 +37,6 @@ def cluster() -> Iterator[str]:
         )
         yield context.address_info["gcs_address"]
         ray.shutdown()
-
-
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_corpus(tmp_path_factory.mktemp("corpus"))
-
-
-@pytest.fixture(scope="module")
-def labels(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("labels") / "labels"
-    path.write_text("".join(f"{name} {speaker_of(name)}\n" for name in NAMES), encoding="utf-8")
-    return path
 
 
 @pytest.fixture(scope="module")

@@ -220,27 +220,16 @@ def test_a_shard_in_use_is_not_removed_to_make_room(shards, web, tmp_path):
 
 
 @pytest.mark.parametrize("num_shards", [3, 0])
-def test_a_full_cache_disk_makes_room_or_says_so(shards, web, tmp_path, num_shards):
+def test_a_full_cache_disk_makes_room_or_says_so(shards, web, mount_disk, tmp_path, num_shards):
     largest = max(tar.stat().st_size for tar in shards.glob("*.tar"))
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    size = (num_shards * largest + (1 << 19)) // 1024
-    mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", f"size={size}k", "tmpfs", disk], capture_output=True, check=False
-    )
-    if mounted.returncode:
-        pytest.skip(f"mounting a small tmpfs is not permitted here: {mounted.stderr.decode().strip()}")
-    try:
-        source = stream(web.url, disk / "cache", window=1)
-        if num_shards:
-            expected = take(stream(shards, tmp_path, window=1), 10)
-            assert all(torch.equal(next(source).segments, batch.segments) for batch in expected)
-        else:
-            with pytest.raises(RunError, match=r"cannot write the cache .*no space left on device.*data.cache_dir"):
-                next(source)
-        source.close()
-    finally:
-        subprocess.run(["umount", "--lazy", disk], check=True)
+    source = stream(web.url, mount_disk((num_shards * largest >> 10) + 512) / "cache", window=1)
+    if num_shards:
+        expected = take(stream(shards, tmp_path, window=1), 10)
+        assert all(torch.equal(next(source).segments, batch.segments) for batch in expected)
+    else:
+        with pytest.raises(RunError, match=r"cannot write the cache .*no space left on device.*data.cache_dir"):
+            next(source)
+    source.close()
 
 
 def test_a_killed_download_is_continued_by_the_next_process(shards, tmp_path):

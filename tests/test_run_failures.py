@@ -134,18 +134,8 @@ def test_a_gradient_that_is_not_finite_on_one_rank_stops_all_before_the_optimize
     assert find_start(fork, steps_per_epoch=5, num_ranks=2, resume=checkpoint).state.step == 2
 
 
-@pytest.fixture
-def small_disk(tmp_path):
-    mount = tmp_path / "disk"
-    mount.mkdir()
-    done = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=40m", "tmpfs", mount], capture_output=True, check=False)
-    if done.returncode:
-        pytest.skip(f"mounting a small tmpfs is not permitted here: {done.stderr.decode().strip()}")
-    yield mount
-    subprocess.run(["umount", mount], check=True)
-
-
-def test_a_full_disk_costs_one_checkpoint_and_no_other(config, small_disk, tmp_path):
+def test_a_full_disk_costs_one_checkpoint_and_no_other(config, mount_disk, tmp_path):
+    small_disk = mount_disk(40 << 10)
     file = config(run={"dir": str(small_disk / "run")}, checkpoint={"every_steps": 1}, engine={"zero_stage": 2})
     for message in run_world(2, train_job, file, folder=tmp_path / "world"):
         assert message.startswith("RunError: ")
