@@ -1,18 +1,22 @@
 """Shards in a store: HTTP by nginx, S3 by a server process, each over the loopback, and connections that break."""
 
 import gzip
+import io
 import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
+import tarfile
+import threading
 import time
 from pathlib import Path
 
 import fsspec
 import pytest
 import torch
+import webdataset
 from stores import nginx, plain_server, proxy, s3
 
 from cel_dist.data import remote as remote_module
@@ -22,7 +26,7 @@ from cel_dist.data.folder import Access, ShardFolder
 from cel_dist.data.plan import Plan
 from cel_dist.data.prepare import prepare
 from cel_dist.data.reindex import rebuild_index
-from cel_dist.data.remote import RemoteFolder
+from cel_dist.data.remote import RemoteError, RemoteFolder
 from cel_dist.data.stream import SegmentStream
 from cel_dist.distributed import World
 from cel_dist.errors import CelError, RunError
@@ -101,9 +105,10 @@ def test_a_server_without_ranges_will_do(shards, tmp_path):
         assert same(take(stream(shards, tmp_path), 6), take(stream(url, tmp_path / "cache"), 6))
 
 
-def test_file_urls_and_restarted_processes_use_what_is_in_the_cache(shards, tmp_path):
-    folder = copied(shards, tmp_path)
-    url = folder.as_uri()
+@pytest.mark.parametrize("scheme", ["file://", "file:"])
+def test_file_urls_and_restarted_processes_use_what_is_in_the_cache(shards, tmp_path, scheme):
+    folder = Path(shutil.copytree(shards, tmp_path / "a copy, 100 %"))
+    url = folder.as_uri().replace("file://", scheme)
     expected = take(stream(url, tmp_path / "cache"), 6)
     again = stream(url, tmp_path / "cache")
     for tar in folder.glob("*.tar"):
@@ -143,6 +148,59 @@ def test_a_server_that_stays_silent_is_given_up_with_one_line(shards, web, tmp_p
         with pytest.raises(RunError, match=r"train-0.*tar did not come .*given up after 2 s") as failure:
             next(source)
     assert "\n" not in str(failure.value)
+
+
+def test_a_server_that_refuses_is_not_asked_again(shards, tmp_path):
+    with nginx(
+        shards, tmp_path / "nginx", "location ~ 000003 { return 403; } location /closed { return 401; }"
+    ) as server:
+        source = stream(server.url, tmp_path / "cache", patience=60.0, rate=1.0)
+        begin = time.monotonic()
+        faults = [fault for batch in take(source, 5) for fault in batch.faults]
+        assert {fault.shard for fault in faults} == {"train-000003.tar"}
+        assert all("may not be read (HTTP status 403)" in fault.reason for fault in faults)
+        with pytest.raises(CelError, match=r"manifest.json may not be read \(HTTP status 401\)"):
+            stream(f"{server.url}/closed", tmp_path / "cache", patience=60.0)
+        assert time.monotonic() - begin < 30
+    with pytest.raises(CelError, match="has a query or a fragment"):
+        stream(f"{server.url}/?token=1", tmp_path / "cache")
+
+
+def test_processes_that_wait_for_a_download_fail_with_it(shards, web, tmp_path):
+    record = ShardFolder.open(shards).manifest.shards[0]
+    cache = ShardCache(tmp_path / "cache", 1 << 30)
+    with proxy(web.port, stall_after=0, faults=1_000_000) as silent:
+        remote = RemoteFolder(silent.url, 3.0)
+        outcomes = []
+
+        def fetch():
+            with pytest.raises(RemoteError) as failure:
+                cache.fetch(record, record.bytes, remote)
+            outcomes.append(str(failure.value))
+
+        waiting = [threading.Thread(target=fetch) for _ in range(4)]
+        begin = time.monotonic()
+        for thread in waiting:
+            thread.start()
+        for thread in waiting:
+            thread.join()
+        # One after the other they would have taken three seconds each.
+        assert time.monotonic() - begin < 9
+    assert len(set(outcomes)) == 1
+    cache.fetch(record, record.bytes, RemoteFolder(web.url, 3.0))
+    assert sorted(path.suffix for path in cache.folder.iterdir()) == ["", ".tar"]
+
+
+def test_a_cache_that_cannot_be_written_is_read_all_the_same(shards, web, tmp_path):
+    cache = tmp_path / "cache"
+    expected = take(stream(web.url, cache), 6)
+    if subprocess.run(["mount", "--bind", cache, cache], capture_output=True, check=False).returncode:
+        pytest.skip("mounting is not permitted here")
+    try:
+        subprocess.run(["mount", "-o", "remount,bind,ro", cache], check=True)
+        assert same(expected, take(stream(web.url, cache), 6))
+    finally:
+        subprocess.run(["umount", "--lazy", cache], check=True)
 
 
 def test_a_server_that_is_not_there_is_one_line(tmp_path):
@@ -207,13 +265,13 @@ def test_a_shard_in_use_is_not_removed_to_make_room(shards, web, tmp_path):
     records = ShardFolder.open(shards).manifest.shards
     remote = RemoteFolder(web.url, 1.0)
     cache = ShardCache(tmp_path / "cache", 2 * max(record.bytes for record in records))
-    cache.fetch(records[0], remote)
-    cache.fetch(records[1], remote)
+    for record in records[:2]:
+        cache.fetch(record, record.bytes, remote)
     first, second = cache.open(records[0]), cache.open(records[1])
     with pytest.raises(RunError, match="full of shards in use"):
-        cache.fetch(records[2], remote)
+        cache.fetch(records[2], records[2].bytes, remote)
     os.close(first)
-    cache.fetch(records[2], remote)
+    cache.fetch(records[2], records[2].bytes, remote)
     assert cache.open(records[0]) is None
     assert cache.open(records[2]) is not None
     os.close(second)
@@ -239,7 +297,7 @@ def test_a_killed_download_is_continued_by_the_next_process(shards, tmp_path):
         "remote._CONCURRENT = 1; from cel_dist.data.cache import ShardCache;"
         "from cel_dist.data.shards import ShardRecord;"
         "record = ShardRecord.model_validate_json(sys.argv[1]);"
-        "ShardCache(Path(sys.argv[2]), 1 << 30).fetch(record, remote.RemoteFolder(sys.argv[3], 20))"
+        "ShardCache(Path(sys.argv[2]), 1 << 30).fetch(record, record.bytes, remote.RemoteFolder(sys.argv[3], 20))"
     )
     cache = tmp_path / "cache"
     with nginx(shards, tmp_path / "nginx", "limit_rate 100k;") as slow:
@@ -262,7 +320,7 @@ def test_a_killed_download_is_continued_by_the_next_process(shards, tmp_path):
 
 @pytest.mark.parametrize("suffix", ["gz", "xz", "bz2"])
 def test_compressed_shards_are_indexed_and_read(shards, tmp_path, suffix):
-    folder = tmp_path / "packed"
+    folder = tmp_path / "packed, 100 %"
     folder.mkdir()
     for tar in shards.glob("*.tar"):
         program = {"gz": "gzip", "xz": "xz", "bz2": "bzip2"}[suffix]
@@ -271,6 +329,12 @@ def test_compressed_shards_are_indexed_and_read(shards, tmp_path, suffix):
     rebuild_index(folder, workers=1)
     assert check(folder, workers=1) == []
     assert same(take(stream(shards, tmp_path), 6), take(stream(folder, tmp_path / "cache"), 6))
+    # One of five utterances beside its packed form.
+    limit = 7 * max(tar.stat().st_size for tar in shards.glob("*.tar"))
+    source = stream(folder, tmp_path / "small", cache_bytes=limit, window=1)
+    for expected in take(stream(shards, tmp_path, window=1), 10):
+        assert torch.equal(next(source).segments, expected.segments)
+        assert sum(path.stat().st_size for path in (tmp_path / "small").glob("*.tar")) <= limit
 
 
 def test_a_compressed_shard_that_is_cut_is_named(shards, tmp_path):
@@ -288,6 +352,31 @@ def test_a_compressed_shard_that_is_cut_is_named(shards, tmp_path):
     cut.write_bytes(whole[: len(whole) // 2])
     (fault,) = [fault for fault in check(folder, workers=1) if "cannot be unpacked" in fault.reason]
     assert fault.shard == cut.name
+
+
+@pytest.mark.parametrize("writer", ["webdataset", "pax", "gnu"])
+def test_tars_of_other_writers_are_indexed_and_read(shards, tmp_path, writer):
+    folder = tmp_path / "others"
+    folder.mkdir()
+    for tar in shards.glob("*.tar"):
+        with tarfile.open(tar) as source:
+            files = {member.name: source.extractfile(member).read() for member in source}
+        # Longer than a plain header holds, where a writer can say it.
+        keys = {name: name if writer == "webdataset" else f"{'k' * 120}{name}" for name in files}
+        if writer == "webdataset":
+            with webdataset.TarWriter(str(folder / tar.name)) as sink:
+                for key in sorted({name.partition(".")[0] for name in files}):
+                    sink.write({"__key__": key, "json": files[f"{key}.json"], "wav": files[f"{key}.wav"]})
+        else:
+            form = tarfile.PAX_FORMAT if writer == "pax" else tarfile.GNU_FORMAT
+            with tarfile.open(folder / tar.name, "w", format=form) as sink:
+                for name, data in files.items():
+                    member = tarfile.TarInfo(keys[name])
+                    member.size, member.mtime = len(data), 1.5
+                    sink.addfile(member, io.BytesIO(data))
+    rebuild_index(folder, workers=1)
+    assert check(folder, workers=1) == []
+    assert same(take(stream(shards, tmp_path), 6), take(stream(folder, tmp_path / "cache"), 6))
 
 
 def test_an_index_is_rebuilt_from_the_tars_and_only_from_those_of_the_manifest(shards, tmp_path):

@@ -16,6 +16,8 @@ from typing import IO, Any, NamedTuple
 from cel_dist.data.audio import SAMPLE_RATE
 
 _BLOCK = tarfile.BLOCKSIZE
+# Headers of POSIX and GNU tar that say more about the member behind them: webdataset's writer makes one a member.
+_EXTENSIONS = (tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.GNUTYPE_LONGNAME)
 _OPENERS: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
 
 
@@ -43,6 +45,7 @@ def members(descriptor: int) -> Iterator[Member]:
     """
     total = os.fstat(descriptor).st_size
     position = 0
+    stated: dict[str, str] = {}
     while True:
         header = os.pread(descriptor, _BLOCK, position)
         if not header:
@@ -55,14 +58,21 @@ def members(descriptor: int) -> Iterator[Member]:
             info = tarfile.TarInfo.frombuf(header, "utf-8", "surrogateescape")
         except tarfile.HeaderError as error:
             raise ShardFaultError(f"damaged header at byte {position} ({error})") from None
-        if not info.isreg():
-            raise ShardFaultError(f"member {info.name!r} at byte {position} is not a plain file")
         offset = position + _BLOCK
+        extends = info.type in _EXTENSIONS
+        if not (info.isreg() or extends):
+            raise ShardFaultError(f"member {info.name!r} at byte {position} is not a plain file")
+        if not extends:
+            info.name, info.size = stated.get("path", info.name), int(stated.get("size", info.size))
         if offset + info.size > total:
             raise ShardFaultError(
                 f"cut in member {info.name!r} at byte {total}, {offset + info.size - total} bytes short"
             )
-        yield Member(info.name, offset, info.size)
+        if extends:
+            stated |= _extended(info.type, os.pread(descriptor, info.size, offset), position)
+        else:
+            yield Member(info.name, offset, info.size)
+            stated = {}
         position = offset + -(-info.size // _BLOCK) * _BLOCK
     end = position
     while block := os.pread(descriptor, 1 << 16, end):
@@ -71,6 +81,26 @@ def members(descriptor: int) -> Iterator[Member]:
         end += len(block)
     if end - position < 2 * _BLOCK:
         raise ShardFaultError(f"cut in the end-of-archive mark at byte {total}")
+
+
+def _extended(kind: bytes, data: bytes, position: int) -> dict[str, str]:
+    """What a header of POSIX or GNU tar says of the member behind it, as far as it matters here."""
+    if kind == tarfile.GNUTYPE_LONGNAME:
+        return {"path": data.rstrip(b"\0").decode("utf-8", "surrogateescape")}
+    found = {}
+    while data.strip(b"\0"):
+        # A record is "LENGTH KEY=VALUE\n", its own length first.
+        digits, _, _ = data.partition(b" ")
+        try:
+            record, data = data[len(digits) + 1 : int(digits) - 1], data[int(digits) :]
+        except ValueError:
+            raise ShardFaultError(f"damaged header at byte {position} (extended)") from None
+        key, equals, value = record.partition(b"=")
+        if not equals or int(digits) <= len(digits):
+            raise ShardFaultError(f"damaged header at byte {position} (extended)")
+        if key in (b"path", b"size"):
+            found[key.decode()] = value.decode("utf-8", "surrogateescape")
+    return {} if kind == tarfile.XGLTYPE else found
 
 
 class Entry(NamedTuple):

@@ -2,6 +2,7 @@
 
 CACHE/SHA256.tar     a shard, named by the sha256 of what was downloaded
 CACHE/SHA256.part    the beginning of one; the next download of it goes on from there
+CACHE/SHA256.failed  why the last download of it failed
 CACHE/lock           held by the one process that downloads
 
 Only locks of the system are used, so that a killed process leaves none behind: the downloader holds an exclusive one on
@@ -13,7 +14,7 @@ import fcntl
 import os
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -53,29 +54,51 @@ class ShardCache:
             descriptor = os.open(path, os.O_RDONLY)
         except FileNotFoundError:
             return None
+        except OSError as error:
+            raise RunError(
+                f"cannot read the cache {self.folder}: {str(error.strerror).lower()}; change its permissions, or set "
+                "data.cache_dir to another folder"
+            ) from None
         fcntl.flock(descriptor, fcntl.LOCK_SH)
         if os.fstat(descriptor).st_nlink == 0:
             # It was removed between the two lines above.
             os.close(descriptor)
             return None
-        # The order of removal is that of the last opening.
-        os.utime(path)
+        # The order of removal is that of the last opening. Where nothing can be written, nothing is removed.
+        with suppress(OSError):
+            os.utime(path)
         return descriptor
 
-    def fetch(self, record: ShardRecord, remote: RemoteFolder) -> None:
-        """Put a shard in, unless it is there. One process of the machine at a time does so; the others wait.
+    def fetch(self, record: ShardRecord, plain_bytes: int, remote: RemoteFolder) -> None:
+        """Put a shard in, unless it is there. One process of the machine at a time does so; the others wait, and if it
+        fails, fail with it.
+
+        Args:
+            record: of the manifest.
+            plain_bytes: size of the shard as a plain tar.
+            remote: where it comes from.
 
         Raises:
             RemoteError: it cannot be had, or is not what the manifest says.
             RunError: the cache cannot be written, or has no room.
         """
         patience = time.monotonic() + remote.patience_seconds
+        failure = self._path(record).with_suffix(".failed")
+        begun = time.time()
         while True:
-            with writing_cache(self.folder), self._sole_downloader():
+            with writing_cache(self.folder), self.sole_downloader():
                 if self._path(record).exists():
                     return
-                if self._make_room(record):
-                    self._download(record, remote)
+                if failure.exists() and failure.stat().st_mtime > begun:
+                    # Another process tried while this one waited. Each trying for itself would take as long again.
+                    raise RemoteError(failure.read_text())
+                if self._make_room(record, plain_bytes):
+                    try:
+                        self._download(record, remote)
+                    except RemoteError as error:
+                        failure.write_text(str(error))
+                        raise
+                    failure.unlink(missing_ok=True)
                     return
             if time.monotonic() > patience:
                 raise RunError(
@@ -91,7 +114,8 @@ class ShardCache:
         return self.folder / f"{record.sha256}.part"
 
     @contextmanager
-    def _sole_downloader(self) -> Iterator[None]:
+    def sole_downloader(self) -> Iterator[None]:
+        """Wait until no other process of the machine downloads, and keep the others from it."""
         self.folder.mkdir(parents=True, exist_ok=True)
         with open(self.folder / "lock", "ab") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
@@ -130,20 +154,26 @@ class ShardCache:
 
     def _unpacked(self, part: Path, record: ShardRecord, remote: RemoteFolder) -> Path:
         unpacked = part.with_suffix(".unpacked.part")
-        try:
-            with open(unpacked, "wb") as plain:
-                unpack(part, Path(record.name).suffix, plain)
-        except ShardFaultError as error:
-            unpacked.unlink()
-            raise RemoteError(f"{remote.url}/{record.name} {error}") from None
-        part.unlink()
-        return unpacked
+        while True:
+            try:
+                with open(unpacked, "wb") as plain:
+                    unpack(part, Path(record.name).suffix, plain)
+            except ShardFaultError as error:
+                unpacked.unlink()
+                raise RemoteError(f"{remote.url}/{record.name} {error}") from None
+            except OSError as error:
+                unpacked.unlink()
+                if error.errno != errno.ENOSPC or not self._remove_oldest(sparing=part):
+                    raise
+            else:
+                part.unlink()
+                return unpacked
 
-    def _make_room(self, record: ShardRecord) -> bool:
+    def _make_room(self, record: ShardRecord, plain_bytes: int) -> bool:
         """Remove what was longest unused until a shard fits; whether that was possible."""
         part = self._part(record)
-        # Unpacked, audio takes little more than packed; what it takes in the end counts for the next shard.
-        needed = record.bytes
+        # While it is unpacked, a compressed one is there in both forms.
+        needed = plain_bytes + (record.bytes if record.is_compressed else 0)
         while sum(held.bytes for held in self._held() if held.path != part) + needed > self.limit_bytes:
             if not self._remove_oldest(sparing=part):
                 return False

@@ -4,6 +4,7 @@ import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from urllib.parse import unquote, urlsplit
 
 import numpy as np
 
@@ -16,6 +17,8 @@ from cel_dist.data.shard_files import CachedShards, LocalShards, ShardFiles, siz
 from cel_dist.data.shards import MANIFEST_NAME, Manifest
 from cel_dist.errors import CelError
 
+# End-of-archive mark, padding to a record, and JSON members behind the last audio.
+_END_BYTES = 1 << 15
 DEFAULT_CACHE = Path.home() / ".cache" / "cel_dist"
 
 
@@ -72,27 +75,29 @@ class ShardFolder:
         if not folder.is_dir():
             raise CelError(f"there is no folder of shards at {folder}; write one with 'cel prepare SRC --out {folder}'")
         manifest = Manifest.load(folder)
+        index = Index.load(folder)
         files: ShardFiles = LocalShards(folder, manifest.shards, access.verify)
         if any(record.is_compressed for record in manifest.shards):
-            remote = RemoteFolder(folder.absolute().as_uri(), access.patience)
-            files = CachedShards(remote, manifest.shards, ShardCache(access.cache, access.cache_bytes))
-        opened = cls(str(folder), manifest, Index.load(folder), files)
+            files = _cached(RemoteFolder(f"file://{folder.absolute()}", access.patience), manifest, index, access)
+        opened = cls(str(folder), manifest, index, files)
         for problem in [*index_disagreements(opened.location, manifest, opened.index), *_size_faults(folder, manifest)]:
             raise CelError(f"{problem}; run 'cel check {folder}' for every fault, or 'cel prepare' again")
         return opened
 
     @classmethod
     def _open_remote(cls, url: str, access: Access) -> "ShardFolder":
-        remote = RemoteFolder(url, access.patience)
+        if url.startswith("http") and set(url) & set("?#"):
+            raise CelError(f"the address {url} has a query or a fragment; give the address of the folder alone")
+        path = f"file://{unquote(urlsplit(url).path)}" if url.startswith("file:") else url
+        remote = RemoteFolder(path, access.patience)
         try:
             manifest = Manifest.parse(remote.read(MANIFEST_NAME), f"{remote.url}/{MANIFEST_NAME}")
-            folder = _downloaded_index(remote, manifest, access.cache)
+            index = Index.load(_downloaded_index(remote, manifest, access))
         except RemoteError as error:
             raise CelError(
                 f"cannot open the shards at {url}: {error}; check the address, the network and your rights to read it"
             ) from None
-        files = CachedShards(remote, manifest.shards, ShardCache(access.cache, access.cache_bytes))
-        opened = cls(url, manifest, Index.load(folder), files)
+        opened = cls(url, manifest, index, _cached(remote, manifest, index, access))
         for problem in index_disagreements(opened.location, manifest, opened.index):
             raise CelError(f"{problem}; upload the folder that 'cel prepare' wrote again, whole")
         return opened
@@ -132,24 +137,43 @@ def _size_faults(folder: Path, manifest: Manifest) -> Iterator[str]:
             yield f"shard {record.name} in {folder} {fault}"
 
 
-def _downloaded_index(remote: RemoteFolder, manifest: Manifest, cache: Path) -> Path:
+def _cached(remote: RemoteFolder, manifest: Manifest, index: Index, access: Access) -> CachedShards:
+    ends = np.zeros(len(manifest.shards), np.int64)
+    known = index.shard[: manifest.samples]
+    if len(known) and known.min() >= 0 and known.max() < len(ends):
+        np.maximum.at(ends, index.shard, index.offset + index.size)
+    # Of a compressed shard only the index tells how long it is when unpacked; behind the last audio comes little.
+    sizes = [
+        int(end) + _END_BYTES if record.is_compressed else record.bytes
+        for record, end in zip(manifest.shards, ends, strict=True)
+    ]
+    return CachedShards(remote, manifest.shards, sizes, ShardCache(access.cache, access.cache_bytes))
+
+
+def _downloaded_index(remote: RemoteFolder, manifest: Manifest, access: Access) -> Path:
     """A local folder with the index that the manifest of a remote one names, downloaded unless it is there."""
     if manifest.index_sha256 is None:
         raise CelError(
             f"the manifest of {remote.url} does not state the sha256 of its index, which a remote folder needs; run "
             "'cel check --index' on the folder and upload manifest.json and index.npz again"
         )
-    folder = cache / "indices" / manifest.index_sha256
+    folder = access.cache / "indices" / manifest.index_sha256
     path = folder / INDEX_NAME
     if path.exists() and sha256_of(path) == manifest.index_sha256:
         return folder
+    with writing_cache(access.cache), ShardCache(access.cache, access.cache_bytes).sole_downloader():
+        # Another process may have brought it while this one waited.
+        if not (path.exists() and sha256_of(path) == manifest.index_sha256):
+            _download_index(remote, manifest, path)
+    return folder
+
+
+def _download_index(remote: RemoteFolder, manifest: Manifest, path: Path) -> None:
     content = remote.read(INDEX_NAME)
     if hashlib.sha256(content).hexdigest() != manifest.index_sha256:
         raise CelError(
             f"{remote.url}/{INDEX_NAME} is not the index that the manifest beside it names; upload both again"
         )
-    with writing_cache(cache):
-        folder.mkdir(parents=True, exist_ok=True)
-        with atomic_write(path) as file:
-            file.write(content)
-    return folder
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_write(path) as file:
+        file.write(content)

@@ -9,11 +9,14 @@ from typing import IO, Any, TypeVar
 logger = logging.getLogger(__name__)
 
 _CHUNK_BYTES = 4 << 20
+_SMALLEST_CHUNK_BYTES = 1 << 16
 # Requests on their way at once: one connection to an object store brings some 50 MB/s, far less than a network.
 _CONCURRENT = 8
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.25, 20.0
 _STALL_SECONDS = 30.0
 _RANGE_NOT_SATISFIABLE = 416
+# Too slow, too early, too often: of the answers that blame the one who asks, these may be another one the next time.
+_TRANSIENT = (408, 425, 429)
 
 Result = TypeVar("Result")
 
@@ -24,15 +27,15 @@ class RemoteError(Exception):
 
 def is_remote(location: str) -> bool:
     """Whether a location is a URL, not a path."""
-    return "://" in location
+    return "://" in location or location.startswith("file:")
 
 
 class RemoteFolder:
     """A folder of a store. It may be handed to other processes: they connect anew.
 
     Args:
-        url: `http://`, `https://`, `s3://` or `file://`. Credentials come from the environment, as the store's own
-            tools take them.
+        url: `http://`, `https://`, `s3://` or `file://`, the last with the path as it is, nothing escaped. Credentials
+            come from the environment, as the store's own tools take them.
         patience: seconds without any progress after which a transfer is given up.
     """
 
@@ -72,8 +75,9 @@ class RemoteFolder:
         begin = file.tell()
         # One request before there are several: the store may have no such file, or no ranges.
         chunks = _CONCURRENT if patience.has_seen_bytes else 1
-        starts = list(range(begin, min(size, begin + chunks * _CHUNK_BYTES), _CHUNK_BYTES))
-        ends = [min(start + _CHUNK_BYTES, size) for start in starts]
+        length = patience.chunk_bytes
+        starts = list(range(begin, min(size, begin + chunks * length), length))
+        ends = [min(start + length, size) for start in starts]
         paths = [f"{self.url}/{name}"] * len(starts)
         parts = self._connected().cat_ranges(paths, starts, ends, max_gap=None, on_error="return")
         for start, end, part in zip(starts, ends, parts, strict=True):
@@ -122,10 +126,15 @@ class RemoteFolder:
             except Exception as error:
                 # Every store has exceptions of its own for a connection that broke, stalled or was refused.
                 reason = f"{type(error).__name__} {error}".strip()
-                if getattr(error, "status", None) == _RANGE_NOT_SATISFIABLE:
+                status = getattr(error, "status", None)
+                if status == _RANGE_NOT_SATISFIABLE:
                     raise RemoteError(f"{self.url}/{name} has fewer bytes than the manifest says") from None
+                if isinstance(status, int) and 400 <= status < 500 and status not in _TRANSIENT:
+                    raise RemoteError(f"{self.url}/{name} may not be read (HTTP status {status})") from None
             if patience.renewed > begun:
                 pause = _FIRST_PAUSE
+            # A chunk comes whole or not at all; over a line that breaks often only a short one comes.
+            patience.chunk_bytes = max(patience.chunk_bytes // 2, _SMALLEST_CHUNK_BYTES)
             if patience.ends(pause):
                 raise RemoteError(f"{self.url}/{name} did not come ({reason}), given up after {patience.seconds:g} s")
             logger.warning("%s/%s: %s; trying again in %.1f s", self.url, name, reason, pause)
@@ -156,6 +165,7 @@ class Patience:
     def __init__(self, folder: RemoteFolder) -> None:
         self.seconds = folder.patience_seconds
         self.renewed = time.monotonic()
+        self.chunk_bytes = _CHUNK_BYTES
         self._furthest = 0
 
     @property

@@ -3,6 +3,7 @@
 import os
 import threading
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -52,7 +53,7 @@ class LocalShards:
 
     def __init__(self, folder: Path, records: Sequence[ShardRecord], verify: bool) -> None:
         self._folder, self._records, self._verify = folder, records, verify
-        self._verified: set[int] = set()
+        self._verdicts: dict[int, str | None] = {}
 
     def open(self, shard: int) -> int:
         """See `ShardFiles.open`."""
@@ -63,9 +64,11 @@ class LocalShards:
         except OSError as error:
             raise ShardUnavailableError(str(error.strerror).lower()) from None
         fault = size_fault(os.fstat(descriptor).st_size, record)
-        if fault is None and self._verify and shard not in self._verified:
-            fault = None if sha256_of(path) == record.sha256 else "its sha256 is not the one in the manifest"
-            self._verified.add(shard)
+        if fault is None and self._verify:
+            if shard not in self._verdicts:
+                same = sha256_of(path) == record.sha256
+                self._verdicts[shard] = None if same else "its sha256 is not the one in the manifest"
+            fault = self._verdicts[shard]
         if fault is not None:
             os.close(descriptor)
             raise ShardUnavailableError(fault)
@@ -84,14 +87,17 @@ class CachedShards:
     Args:
         remote: where they come from.
         records: of the manifest.
+        sizes: bytes of each shard as a plain tar.
         cache: where they go.
     """
 
     # None can be removed from the cache while it is open.
     max_open = 1
 
-    def __init__(self, remote: RemoteFolder, records: Sequence[ShardRecord], cache: ShardCache) -> None:
-        self._remote, self._records, self._cache = remote, records, cache
+    def __init__(
+        self, remote: RemoteFolder, records: Sequence[ShardRecord], sizes: Sequence[int], cache: ShardCache
+    ) -> None:
+        self._remote, self._records, self._sizes, self._cache = remote, records, sizes, cache
         self._begin()
 
     def _begin(self) -> None:
@@ -107,11 +113,7 @@ class CachedShards:
             descriptor = self._cache.open(record)
             if descriptor is not None:
                 return descriptor
-            try:
-                self._cache.fetch(record, self._remote)
-            except RemoteError as error:
-                # Once is enough: each of its samples would wait as long again.
-                self._failed[shard] = str(error)
+            self._fetch(shard)
         raise ShardUnavailableError(self._failed[shard])
 
     def expect(self, shards: Sequence[int]) -> None:
@@ -125,7 +127,7 @@ class CachedShards:
 
     def require_room(self, num_shards: int) -> None:
         """See `ShardFiles.require_room`."""
-        largest = sorted((record.bytes for record in self._records), reverse=True)[:num_shards]
+        largest = sorted(self._sizes, reverse=True)[:num_shards]
         limit = self._cache.limit_bytes
         if sum(largest) > limit:
             raise CelError(
@@ -139,17 +141,22 @@ class CachedShards:
                 while not self._expected:
                     self._wake.wait()
                 shard = self._expected.pop(0)
-            if shard in self._failed:
-                continue
-            try:
-                self._cache.fetch(self._records[shard], self._remote)
-            except (RemoteError, RunError):
-                # Whoever opens the shard will hear of it.
-                continue
+            if shard not in self._failed:
+                # Whoever opens the shard will hear of what is wrong.
+                with suppress(RunError):
+                    self._fetch(shard)
+
+    def _fetch(self, shard: int) -> None:
+        try:
+            self._cache.fetch(self._records[shard], self._sizes[shard], self._remote)
+        except RemoteError as error:
+            # Once is enough: each of its samples would wait as long again.
+            self._failed[shard] = str(error)
 
     def __getstate__(self) -> dict[str, Any]:
         # A thread and its lock belong to one process.
-        return {"_remote": self._remote, "_records": self._records, "_cache": self._cache}
+        kept = ("_remote", "_records", "_sizes", "_cache")
+        return {name: self.__dict__[name] for name in kept}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)

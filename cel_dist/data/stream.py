@@ -109,6 +109,7 @@ class SegmentStream:
         self._allowed_faults = math.ceil(max_fault_rate * self._rows_per_epoch)
         self._epoch = self._step = 0
         self._faults_of_epoch = 0
+        self._has_begun = False
         self._batches: Iterator[SegmentBatch | RunError] | None = None
         self._readers: list[BaseProcess] = []
 
@@ -146,6 +147,11 @@ class SegmentStream:
                 raise
             named = ", ".join(f"{reader.pid} (exit code {reader.exitcode})" for reader in dead)
             self.close()
+            if not self._has_begun and dead[0].exitcode == 1:
+                raise RunError(
+                    f"reader process {named} could not start; a program of your own must be a file and begin its work "
+                    "under 'if __name__ == \"__main__\":', or set data.workers=0"
+                ) from None
             raise RunError(
                 f"reader process {named} died ({type(error).__name__}), often for want of memory or room in /dev/shm; "
                 "run the same command again, with fewer data.workers or a lower data.prefetch_mib"
@@ -154,6 +160,7 @@ class SegmentStream:
             self.close()
             raise batch
         assert (batch.epoch, batch.step) == (self._epoch, self._step), "readers out of step"
+        self._has_begun = True
         self._count(batch)
         epochs, self._step = divmod(self._step + 1, self._plan.steps_per_epoch)
         self._epoch += epochs

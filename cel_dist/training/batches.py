@@ -65,8 +65,13 @@ class Batches:
             prefetch_bytes=round(config.data.prefetch_mib * 2**20),
             max_fault_rate=config.data.max_fault_rate,
         )
-        speakers = checked.shards.index.speaker
-        self.false_negatives = FalseNegatives(speakers, checked.plan.usable(), config.data.num_speakers)
+        index = checked.shards.index
+        self.false_negatives = FalseNegatives(
+            index.speaker,
+            # A list of all utterances takes memory that grows with them.
+            checked.plan.usable() if len(index.speaker_names) else len(checked.plan),
+            config.data.num_speakers,
+        )
         self._augment = Augment(config.augment, checked.bank, config.train.seed)
         self._features = LogMel().to(device)
         self._num_faults = 0

@@ -12,15 +12,17 @@ class FalseNegatives:
 
     Args:
         speaker: int [N], codes of the speakers of the utterances that may be drawn by their id; -1 where unknown.
-        usable: int [n], ids that are drawn.
+        usable: int [n], ids that are drawn; or only their number, where no speaker is known.
         num_speakers: an estimate of the number of speakers, for data without labels.
     """
 
-    def __init__(self, speaker: npt.NDArray[np.int32], usable: npt.NDArray[np.int64], num_speakers: int | None) -> None:
+    def __init__(
+        self, speaker: npt.NDArray[np.int32], usable: npt.NDArray[np.int64] | int, num_speakers: int | None
+    ) -> None:
         self._speaker = speaker
         self._num_speakers = num_speakers
-        self._num_usable = len(usable)
-        self._of_all = self.rate(usable)
+        self._num_usable = usable if isinstance(usable, int) else len(usable)
+        self._of_all = None if isinstance(usable, int) else self.rate(usable)
 
     @property
     def expected(self) -> float | None:
@@ -28,7 +30,7 @@ class FalseNegatives:
 
         None without labels and without an estimate.
 
-        >>> FalseNegatives(np.full(10, -1, np.int32), np.arange(10), 5).expected  # 1 of 9 others is of the speaker
+        >>> FalseNegatives(np.full(10, -1, np.int32), 10, 5).expected  # 1 of 9 others is of the speaker
         0.1111111111111111
         """
         if self._of_all is not None or self._num_speakers is None:
