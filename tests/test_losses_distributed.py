@@ -179,10 +179,15 @@ def refusals(rank: int, group: Any, own: slice) -> dict[str, str]:
     loss = EquilibriumLoss(group=group)
     calls = {
         "shape": lambda: loss(torch.randn(3 + (rank == 1), 2, 4)),
+        "type": lambda: loss(rows if rank == last else rows.float()),
+        "views": lambda: loss(rows[:, : 1 + (rank != last)]),
+        "dimensions": lambda: loss(rows[:, 0] if rank == last else rows),
+        "type of ids": lambda: loss(rows, ids.int() if rank == last else ids),
         "ids": lambda: loss(rows, None if rank == last else ids),
         "infinite": lambda: loss(infinite),
         "empty": lambda: loss(empty),
         "one sample": lambda: loss(rows, torch.zeros_like(ids)),
+        "type of ids later": lambda: loss(rows, ids.int()),
     }
     return {name: refusal(call) for name, call in calls.items()}
 
@@ -302,9 +307,14 @@ def test_a_ring_sends_the_own_rows_to_one_neighbour_at_a_time(ranks: list[dict[s
     ("name", "message"),
     [
         ("shape", r"rank 0 \[3, 2, 4\], rank 1 \[4, 2, 4\]"),
+        ("type", "rank {last} brings rows of float64 and others of float32"),
+        ("views", r"rank 0 \[{share}, 2, 32\].*, rank {last} \[{share}, 1, 32\]"),
+        ("dimensions", "rank {last} brings rows or ids that cannot be used"),
+        ("type of ids", "rank {last} brings rows or ids that cannot be used"),
         ("ids", "rank {last} brings no sample ids"),
         ("infinite", "rank {last} has embeddings that are not finite in 1 of {share} utterances; lower"),
         ("empty", "rank {last} has embeddings of length 0 in 2 of {share} utterances"),
+        ("type of ids later", "type torch.int32; give {share} of int64"),
         ("one sample", "all 12 utterances of the global batch are one sample"),
     ],
 )

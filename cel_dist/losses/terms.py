@@ -72,14 +72,10 @@ def global_terms(
     Raises:
         CelError: on every rank alike; `EquilibriumLoss.forward` says for what.
     """
-    if x.ndim != 3:
-        raise CelError(f"embeddings have shape {list(x.shape)}; give [utterances, views, dimensions]")
-    if ids is not None and (ids.shape != x.shape[:1] or ids.dtype != torch.int64):
-        raise CelError(f"ids have shape {list(ids.shape)} and type {ids.dtype}; give {len(x)} of int64")
-    if settings.similarity is not None:
-        settings.similarity.check_views(x.shape[1])
     with full_precision(x) as own:
-        exchange.agree(own, ids is not None)
+        exchange.agree(own, ids is not None, _problem(x, ids))
+        if settings.similarity is not None:
+            settings.similarity.check_views(x.shape[1])
         if len(own) * exchange.world_size < 2:
             raise CelError(
                 f"the global batch holds {len(own)} utterance; a contrastive loss has no negatives below 2, raise the "
@@ -100,6 +96,15 @@ def global_terms(
             *local, units, w, b, own.detach(), ids, exchange, settings, learns
         )
         return Values(*outputs)
+
+
+def _problem(x: Tensor, ids: Tensor | None) -> str:
+    """What is wrong with the form of rows and ids; empty if nothing is."""
+    if x.ndim != 3:
+        return f"embeddings have shape {list(x.shape)}; give [utterances, views, dimensions]"
+    if ids is not None and (ids.shape != x.shape[:1] or ids.dtype != torch.int64):
+        return f"ids have shape {list(ids.shape)} and type {ids.dtype}; give {len(x)} of int64"
+    return ""
 
 
 class _GlobalTerms(torch.autograd.Function):
