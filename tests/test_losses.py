@@ -16,6 +16,7 @@ from cel_dist.losses import (
     prototypical,
     uniformity,
 )
+from cel_dist.losses.exchange import Exchange
 
 CASES = range(4)
 SCALED = {"angular_prototypical": angular_prototypical, "angular_contrastive": angular_contrastive, "ge2e": ge2e}
@@ -233,6 +234,14 @@ def test_coarser_products_move_the_loss_little_and_only_where_asked(matmul: str,
     assert float((gradients[0] - gradients[1]).norm() / gradients[0].norm()) < tolerance
     assert coarse.loss.dtype == torch.float32
     assert EquilibriumLoss(matmul=matmul)(x.double()).loss == EquilibriumLoss()(x.double()).loss
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_single_row_of_odd_length_brings_its_id(dtype: torch.dtype) -> None:
+    rows, ids = torch.ones(1, 3, 5, dtype=dtype), torch.tensor([2**60 + 1])
+    (block,) = Exchange(None, "ring").share(rows, ids)
+    assert torch.equal(block.rows, rows)
+    assert torch.equal(block.ids, ids)
 
 
 def test_bad_ids_are_refused() -> None:

@@ -43,9 +43,10 @@ class Exchange:
 
     Args:
         group: the ranks that share the batch; None stands for this process alone.
-        how: `gather` keeps all K rows, after one all-gather a step; `ring` keeps two blocks of B rows, and every
-            pass costs W - 1 exchanges with the neighbours, which run beside the work on the block at hand; `auto`
-            gathers as long as the rows take less than a tenth of the memory that is free on every rank.
+        how: `gather` keeps all K rows, after one all-gather a step; `ring` keeps three blocks of B rows (the own, the
+            one at hand and the one that comes), and every pass costs W - 1 exchanges with the neighbours, which run
+            beside the work on the block at hand; `auto` gathers as long as the rows take less than a tenth of the
+            memory that is free on every rank.
 
     Raises:
         CelError: `how` is unknown.
@@ -191,7 +192,9 @@ class SharedRows:
         _, num_views, dim = self._shape
         rows = payload[:, : num_views * dim].view(-1, num_views, dim)
         if self._has_ids:
-            ids = payload[:, num_views * dim :].contiguous().view(torch.int64).squeeze(1)
+            # A copy in any case: the ids of a single row are contiguous, but may start between two int64.
+            bits = payload[:, num_views * dim :].clone(memory_format=torch.contiguous_format)
+            ids = bits.view(torch.int64).squeeze(1)
         else:
             ids = torch.arange(first, first + len(payload), device=payload.device)
         return Block(rows, ids, first)
