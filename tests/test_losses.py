@@ -236,6 +236,12 @@ def test_coarser_products_move_the_loss_little_and_only_where_asked(matmul: str,
     assert EquilibriumLoss(matmul=matmul)(x.double()).loss == EquilibriumLoss()(x.double()).loss
 
 
+def test_a_second_derivative_is_refused() -> None:
+    x = random_rows().requires_grad_()
+    with pytest.raises(CelError, match="no second derivative"):
+        torch.autograd.grad(EquilibriumLoss()(x).loss, x, create_graph=True)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_a_single_row_of_odd_length_brings_its_id(dtype: torch.dtype) -> None:
     rows, ids = torch.ones(1, 3, 5, dtype=dtype), torch.tensor([2**60 + 1])

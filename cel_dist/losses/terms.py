@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from cel_dist.errors import CelError
@@ -175,8 +174,10 @@ class _GlobalTerms(torch.autograd.Function):
         return outputs
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        # `once_differentiable` speaks up only where `grad` has a gradient itself, and keeps silent otherwise.
+        if torch.is_grad_enabled():
+            raise CelError("the loss has no second derivative; take its gradient without create_graph=True")
         gradients = (None if saved is None else saved * grad.to(saved.dtype) for saved in ctx.saved_tensors)
         return (*gradients, None, None, None, None, None)
 
