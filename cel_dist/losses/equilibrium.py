@@ -47,7 +47,8 @@ class EquilibriumLoss(nn.Module):
             rows, and the loss and its gradient, after a mean of parameter gradients over the ranks, are those of the
             global batch.
         exchange: `gather`, `ring` or `auto`; `losses.exchange.Exchange` says what they cost.
-        matmul: `fp32`, `tf32` or `bf16` matrix products, accumulated in fp32.
+        matmul: `fp32`, `tf32` or `bf16` matrix products, accumulated in fp32. The logits of `prototypical` are
+            differences of large numbers, so its products are fp64 in any case.
 
     Attributes:
         w: [1] scale of the logits, 10 at first; None where the similarity has none. `clamp_scale` keeps it positive.
