@@ -55,7 +55,7 @@ class OthersGiven(Exchange):
     def world_size(self) -> int:
         return self._size
 
-    def agree(self, x: Tensor, has_ids: bool) -> None:
+    def agree(self, x: Tensor, has_ids: bool, problem: str = "") -> None:
         pass
 
     def share(self, x: Tensor, ids: Tensor | None) -> "GivenRows":

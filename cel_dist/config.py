@@ -126,7 +126,8 @@ class LossSection(Section):
     """How a rank comes by the embeddings of the others: all at once, or block by block around a ring of neighbours,
     which takes less memory; `auto` gathers while that takes less than a tenth of what is free."""
     matmul: Literal["fp32", "tf32", "bf16"] = "fp32"
-    """Precision of the factors in the matrix products of the loss; sums are fp32 in any case."""
+    """Precision of the factors in the matrix products of the loss; sums are fp32 in any case. Those of `prototypical`
+    are fp64 whatever is chosen."""
 
 
 class TrainSection(Section):

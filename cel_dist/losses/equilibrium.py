@@ -47,7 +47,8 @@ class EquilibriumLoss(nn.Module):
             rows, and the loss and its gradient, after a mean of parameter gradients over the ranks, are those of the
             global batch.
         exchange: `gather`, `ring` or `auto`; `losses.exchange.Exchange` says what they cost.
-        matmul: `fp32`, `tf32` or `bf16` matrix products, accumulated in fp32.
+        matmul: `fp32`, `tf32` or `bf16` matrix products, accumulated in fp32. The logits of `prototypical` are
+            differences of large numbers, so its products are fp64 in any case.
 
     Attributes:
         w: [1] scale of the logits, 10 at first; None where the similarity has none. `clamp_scale` keeps it positive.
@@ -94,8 +95,9 @@ class EquilibriumLoss(nn.Module):
         """Loss of embeddings that are not normalised, in fp32 (fp64 for fp64 embeddings) under autocast too.
 
         Two collectives a step (`exchange="ring"`: one, and W - 1 exchanges with the neighbours a pass), and none
-        backward. Ranks compare their shapes when a shape is not that of the call before, so all ranks must change it
-        together.
+        backward. Ranks compare the form of what they bring (shape, type, whether there are ids) at the first call, and
+        when it is not that of the call before. All ranks must change it together: if one does so alone, it waits for
+        the others, and the process group's timeout is what ends the run.
 
         Args:
             x: [K, V, D] embeddings of V >= 2 views; with a group [B, V, D], this rank's rows.
@@ -103,8 +105,9 @@ class EquilibriumLoss(nn.Module):
 
         Raises:
             CelError: on every rank alike: fewer than two utterances in the global batch, fewer than two views, more
-                than two of them with `angular_contrastive`, embeddings that are not finite or of length 0, ranks with
-                rows of different shape; the ranks are named.
+                than two of them with `angular_contrastive`, embeddings that are not finite or of length 0, and where
+                forms are compared, rows or ids of a form that cannot be used, or rows of different form; the ranks
+                are named. In backward: `create_graph=True`, as there is no second derivative.
         """
         return LossOutput(*global_terms(x, self.w, self.b, ids, self._exchange, self._settings))
 

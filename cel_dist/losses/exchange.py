@@ -43,9 +43,10 @@ class Exchange:
 
     Args:
         group: the ranks that share the batch; None stands for this process alone.
-        how: `gather` keeps all K rows, after one all-gather a step; `ring` keeps two blocks of B rows, and every
-            pass costs W - 1 exchanges with the neighbours, which run beside the work on the block at hand; `auto`
-            gathers as long as the rows take less than a tenth of the memory that is free on every rank.
+        how: `gather` keeps all K rows, after one all-gather a step; `ring` keeps three blocks of B rows (the own, the
+            one at hand and the one that comes), and every pass costs W - 1 exchanges with the neighbours, which run
+            beside the work on the block at hand; `auto` gathers as long as the rows take less than a tenth of the
+            memory that is free on every rank.
 
     Raises:
         CelError: `how` is unknown.
@@ -74,21 +75,40 @@ class Exchange:
         """This process's place among them."""
         return 0 if self._group is None else dist.get_rank(self._group)
 
-    def agree(self, x: Tensor, has_ids: bool) -> None:
+    def agree(self, x: Tensor, has_ids: bool, problem: str = "") -> None:
         """Compare what the ranks bring, and let `auto` decide; a small collective, once per shape and not per step.
 
+        It takes place at the first call, and again when shape, type or the presence of ids is not that of the call
+        before. So all ranks must change these together: one that changes them alone later is alone in the collective.
+
         Args:
-            x: [B, V, D] this rank's rows.
+            x: [B, V, D] this rank's rows, fp32 or fp64.
             has_ids: whether they come with sample ids.
+            problem: why this rank's rows or ids cannot be used; empty if they can.
 
         Raises:
-            CelError: on every rank alike: shapes differ, or some ranks bring ids and others none. Names the ranks.
+            CelError: there is a problem, shapes or types differ, or some ranks bring ids and others none; on every
+                rank alike and with the ranks named, save for a problem after the first call, which only the ranks
+                that have it raise.
         """
+        if problem and (self.world_size == 1 or self._agreed is not None):
+            raise CelError(problem)
         if self.world_size == 1 or self._agreed == (x.shape, x.dtype, has_ids):
             return
-        mine = torch.tensor([*x.shape, has_ids, _free_bytes(x.device)], device=x.device)
-        found = self.gather_vectors(mine)
-        shapes, with_ids, free = found[:, :-2], found[:, -2], int(found[:, -1].min())
+        # Rows that are a problem may have any number of dimensions, and the vectors of all ranks the same length.
+        shape = (0, 0, 0) if problem else x.shape
+        mine = [bool(problem), *shape, x.dtype == torch.float64, has_ids, _free_bytes(x.device)]
+        found = self.gather_vectors(torch.tensor(mine, device=x.device))
+        problems, shapes, are_double, with_ids = found[:, 0], found[:, 1:4], found[:, 4], found[:, 5]
+        free = int(found[:, 6].min())
+        if bool(problems.any()):
+            having = ", ".join(str(rank) for rank, some in enumerate(problems.tolist()) if some)
+            raise CelError(
+                f"rank {having} brings rows or ids that cannot be used" + (f": {problem}" if problem else "")
+            )
+        if bool((are_double != are_double[0]).any()):
+            double = ", ".join(str(rank) for rank, some in enumerate(are_double.tolist()) if some)
+            raise CelError(f"rank {double} brings rows of float64 and others of float32; give all ranks the same type")
         if bool((shapes != shapes[0]).any()):
             listed = ", ".join(f"rank {rank} {shape}" for rank, shape in enumerate(shapes.tolist()))
             raise CelError(
@@ -172,7 +192,9 @@ class SharedRows:
         _, num_views, dim = self._shape
         rows = payload[:, : num_views * dim].view(-1, num_views, dim)
         if self._has_ids:
-            ids = payload[:, num_views * dim :].contiguous().view(torch.int64).squeeze(1)
+            # A copy in any case: the ids of a single row are contiguous, but may start between two int64.
+            bits = payload[:, num_views * dim :].clone(memory_format=torch.contiguous_format)
+            ids = bits.view(torch.int64).squeeze(1)
         else:
             ids = torch.arange(first, first + len(payload), device=payload.device)
         return Block(rows, ids, first)

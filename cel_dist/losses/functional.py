@@ -73,8 +73,8 @@ def angular_contrastive(x: Tensor, w: Tensor, b: Tensor, group: dist.ProcessGrou
 def prototypical(x: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
     """Cross entropy of view 0 against the prototypes, logits -|x_0i - p_j|^2 (Snell et al. 2017, arXiv 1703.05175).
 
-    Embeddings are taken as they are, not normalised; the prototype p is the mean of views 1..V-1. Arguments, value
-    and errors as `angular_prototypical`.
+    Embeddings are taken as they are, not normalised; the prototype p is the mean of views 1..V-1. Computed in fp64,
+    because -|a - p|^2 comes of a difference of large numbers. Arguments, value and errors as `angular_prototypical`.
     """
     return _similarity("prototypical", x, None, None, group)
 

@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from cel_dist.errors import CelError
@@ -72,14 +71,10 @@ def global_terms(
     Raises:
         CelError: on every rank alike; `EquilibriumLoss.forward` says for what.
     """
-    if x.ndim != 3:
-        raise CelError(f"embeddings have shape {list(x.shape)}; give [utterances, views, dimensions]")
-    if ids is not None and (ids.shape != x.shape[:1] or ids.dtype != torch.int64):
-        raise CelError(f"ids have shape {list(ids.shape)} and type {ids.dtype}; give {len(x)} of int64")
-    if settings.similarity is not None:
-        settings.similarity.check_views(x.shape[1])
     with full_precision(x) as own:
-        exchange.agree(own, ids is not None)
+        exchange.agree(own, ids is not None, _problem(x, ids))
+        if settings.similarity is not None:
+            settings.similarity.check_views(x.shape[1])
         if len(own) * exchange.world_size < 2:
             raise CelError(
                 f"the global batch holds {len(own)} utterance; a contrastive loss has no negatives below 2, raise the "
@@ -100,6 +95,15 @@ def global_terms(
             *local, units, w, b, own.detach(), ids, exchange, settings, learns
         )
         return Values(*outputs)
+
+
+def _problem(x: Tensor, ids: Tensor | None) -> str:
+    """What is wrong with the form of rows and ids; empty if nothing is."""
+    if x.ndim != 3:
+        return f"embeddings have shape {list(x.shape)}; give [utterances, views, dimensions]"
+    if ids is not None and (ids.shape != x.shape[:1] or ids.dtype != torch.int64):
+        return f"ids have shape {list(ids.shape)} and type {ids.dtype}; give {len(x)} of int64"
+    return ""
 
 
 class _GlobalTerms(torch.autograd.Function):
@@ -136,7 +140,7 @@ class _GlobalTerms(torch.autograd.Function):
             loss_s = accuracy = loss_u = x.new_zeros(())
             gradients: list[Tensor | None] = [None] * 5
             if similarity:
-                loss_s, accuracy = similarity.value(shared[0])
+                loss_s, accuracy = (value.to(x.dtype) for value in similarity.value(shared[0]))
             if uniformities:
                 of_uniformity = shared[-len(uniformities) :]
                 count = int(num_same.item())
@@ -144,7 +148,7 @@ class _GlobalTerms(torch.autograd.Function):
                     term.value(part, batch.num_utterances, count)
                     for term, part in zip(uniformities, of_uniformity, strict=True)
                 ]
-                loss_u = torch.stack(logs).mean()
+                loss_u = torch.stack(logs).mean().to(x.dtype)
             weight = exchange.world_size
             if similarity and similarity_learns:
                 found = similarity.gradients(shared[0], batch)
@@ -163,15 +167,17 @@ class _GlobalTerms(torch.autograd.Function):
                 gradients[4] = gradients[4].to(w.dtype)
         ctx.save_for_backward(*gradients, None if b is None else torch.zeros_like(b))
         num_view_pairs = batch.num_views * (batch.num_views - 1) / 2
-        alignment = distance / (batch.num_utterances * max(num_view_pairs, 1))
+        alignment = (distance / (batch.num_utterances * max(num_view_pairs, 1))).to(x.dtype)
         loss = settings.lambda_s * loss_s + settings.lambda_u * loss_u
         outputs = loss, loss_s, loss_u, alignment, accuracy
         ctx.mark_non_differentiable(*outputs[1:])
         return outputs
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        # `once_differentiable` speaks up only where `grad` has a gradient itself, and keeps silent otherwise.
+        if torch.is_grad_enabled():
+            raise CelError("the loss has no second derivative; take its gradient without create_graph=True")
         gradients = (None if saved is None else saved * grad.to(saved.dtype) for saved in ctx.saved_tensors)
         return (*gradients, None, None, None, None, None)
 
@@ -183,16 +189,22 @@ def _first_pass(
 
     Returns:
         For every term, the parts of all ranks [W, ...]; and [W, 4] of faults (two), pairs of equal ids and the sum of
-        squared distances between the views of a row.
+        squared distances between the views of a row; all in fp64, in which K^2 pairs are counted exactly and no
+        log-normaliser is rounded.
     """
     comparisons = [term.comparisons() for term in terms]
     flat = [comparison for of_term in comparisons for comparison in of_term]
     softmaxes, num_same = negative_logsumexp(flat, batch.rows, batch.own, batch.products, batch.tile)
     rest = iter(softmaxes)
     parts = [term.take([next(rest) for _ in of_term]) for term, of_term in zip(terms, comparisons, strict=True)]
-    common = torch.cat([faults(x), x.new_tensor([num_same]), _squared_distances(units)[None]])
-    gathered = batch.exchange.gather_vectors(torch.cat([common, *parts]))
-    of_common, *shared = torch.split(gathered, [len(common), *(len(part) for part in parts)], dim=1)
+    common = [
+        faults(x),
+        torch.tensor([num_same], dtype=torch.float64, device=x.device),
+        _squared_distances(units)[None],
+    ]
+    common_part = torch.cat([part.double() for part in common])
+    gathered = batch.exchange.gather_vectors(torch.cat([common_part, *(part.double() for part in parts)]))
+    of_common, *shared = torch.split(gathered, [len(common_part), *(len(part) for part in parts)], dim=1)
     return shared, of_common
 
 

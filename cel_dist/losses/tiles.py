@@ -233,17 +233,18 @@ def _add(logits: Tensor, biases: Biases) -> Tensor:
 
 
 class _TileMemory:
-    """Memory for a tile, used over and over: a CPU would pay for a new one with a page fault every 4 KiB."""
+    """Memory for a tile of a type, used over and over: a CPU would pay for a new one with a page fault every 4 KiB."""
 
     def __init__(self) -> None:
-        self._numbers = torch.empty(0)
+        self._numbers: dict[torch.dtype, Tensor] = {}
 
     def tile(self, num_rows: int, num_columns: int, of: Tensor) -> Tensor:
         """[num_rows, num_columns] numbers of the type and device of `of`, not set; the tile before is overwritten."""
         count = num_rows * num_columns
-        if len(self._numbers) < count:
-            self._numbers = of.new_empty(count)
-        return self._numbers[:count].view(num_rows, num_columns)
+        numbers = self._numbers.get(of.dtype)
+        if numbers is None or len(numbers) < count:
+            numbers = self._numbers[of.dtype] = of.new_empty(count)
+        return numbers[:count].view(num_rows, num_columns)
 
 
 class _Pairs(NamedTuple):

@@ -103,7 +103,7 @@ class UniformityTerm:
         return torch.cat(self._potentials).logsumexp(dim=0, keepdim=True)
 
     def value(self, shared: Tensor, num_utterances: int, num_same: int) -> Tensor:
-        """The logarithm of the global batch.
+        """The logarithm of the global batch, as exact as the parts.
 
         Args:
             shared: [W, 1] the parts of all ranks.
@@ -121,7 +121,7 @@ class UniformityTerm:
 
     def gradient(self, shared: Tensor) -> Tensor:
         """Gradient at this rank's unit embeddings, [B, V, D]."""
-        log_total = shared.logsumexp(dim=0)
+        log_total = shared.logsumexp(dim=0).to(self._units.dtype)
         gradient = torch.zeros_like(self._units)
         for pair, softmax, potential in zip(self._pairs, self._softmaxes, self._potentials, strict=True):
             weights = 4 * self._t * (potential - log_total).exp()
