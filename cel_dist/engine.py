@@ -193,9 +193,24 @@ class Engine:
         for group in self._engine.optimizer.param_groups:
             group["lr"] = learning_rate
         self._engine.step()
-        with self._whole(self.objective.get_submodule("loss"), write=True):
-            self.objective.get_submodule("loss").clamp_scale()  # type: ignore[operator]
+        self._keep_scale_in_range()
         self._average_buffers()
+
+    def _keep_scale_in_range(self) -> None:
+        loss = self.objective.get_submodule("loss")
+        with self._whole(loss, write=True):
+            loss.clamp_scale()  # type: ignore[operator]
+        if self._stage == 0:
+            return
+        from deepspeed.utils import safe_set_full_fp32_param, safe_set_local_fp32_param
+
+        # The optimizer has a copy of its own of every parameter, from which the next step goes on.
+        for parameter in loss.parameters():
+            if self._stage == 3:
+                # Given the whole, DeepSpeed would cut from one number a part for every rank.
+                safe_set_local_fp32_param(parameter, parameter.ds_tensor)  # type: ignore[attr-defined]
+            else:
+                safe_set_full_fp32_param(parameter, parameter.detach())
 
     def _average_buffers(self) -> None:
         """Replace running statistics by their mean over the ranks: the engine saves rank 0's for all. After each

@@ -50,6 +50,17 @@ class DroppingEncoder(nn.Module):
         return nn.functional.dropout(self.norm(self.hidden(features.flatten(1))), 0.5, self.training)
 
 
+class GainEncoder(nn.Module):
+    """What the loss sees does not depend on the only parameter, however large a step is."""
+
+    def __init__(self):
+        super().__init__()
+        self.gain = nn.Parameter(torch.tensor([100.0]))
+
+    def forward(self, features):
+        return self.gain * features.flatten(1)
+
+
 def features():
     generator = torch.Generator().manual_seed(7)
     return torch.randn(STEPS, BATCH, VIEWS, MELS, FRAMES, generator=generator)
@@ -104,6 +115,7 @@ def train_with_the_engine(*cases):
         results.append((losses, norms, state, engine.loss_scalars(), collectives(profile)))
     more = {}
     if world.size > 1:
+        more["scales"] = {stage: scales_below_zero_and_back(stage) for stage in (0, 1, 2, 3)}
         more["dropout"] = {chunks: a_step_with_dropout(chunks) for chunks in (1, 2)}
         more["statistics"] = {kind: statistics_after_a_step(kind) for kind in ("per_rank", "global")}
     stop_process_group()
@@ -113,6 +125,32 @@ def train_with_the_engine(*cases):
 def collectives(profile):
     """Names of the collectives, in their order."""
     return [event.name for event in profile.function_events if event.name.startswith("c10d::")]
+
+
+def scale_objective(group):
+    loss = EquilibriumLoss(similarity=SIMILARITY, lambda_u=0.0, group=group)
+    with torch.no_grad():
+        loss.w.fill_(0.5)
+    return Objective(GainEncoder(), loss, "separate")
+
+
+def batches_for_the_scale():
+    """Views that are opposites drive w down, views that are the same drive it up."""
+    batch = features()[0]
+    opposite, same = batch.clone(), batch.clone()
+    opposite[:, 1], same[:, 1] = -batch[:, 0], batch[:, 0]
+    return [(opposite, 2.0)] + 7 * [(same, 0.3)]
+
+
+def scales_below_zero_and_back(stage):
+    import torch.distributed as dist
+
+    engine, scales = engine_of(scale_objective(dist.group.WORLD), stage), []
+    for batch, rate in batches_for_the_scale():
+        engine.forward_backward(batch[World.from_environment().rows(BATCH)])
+        engine.step(rate)
+        scales.append(engine.loss_scalars()["w"])
+    return scales
 
 
 def a_step_with_dropout(chunks):
@@ -201,6 +239,24 @@ def test_gradients_are_reduced_once_a_step(ranks, stage, chunks):
         *of_the_loss, of_the_gradients = results[STAGES_AND_CHUNKS.index((stage, chunks))][4]
         assert of_the_loss == ["c10d::_allgather_base_"] * 2
         assert of_the_gradients == "c10d::allreduce_"
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_a_scale_that_a_step_takes_below_zero_comes_back(ranks, stage):
+    module = scale_objective(None)
+    optimizer = torch.optim.AdamW(module.parameters(), weight_decay=0.0)
+    expected = []
+    for batch, rate in batches_for_the_scale():
+        optimizer.param_groups[0]["lr"] = rate
+        optimizer.zero_grad()
+        module("whole", batch, None).loss.backward()
+        optimizer.step()
+        module.loss.clamp_scale()
+        expected.append(module.loss.w.item())
+    assert expected[0] == pytest.approx(1e-6)
+    assert expected[-1] > 0.1
+    for _, more in ranks:
+        assert more["scales"][stage] == pytest.approx(expected, abs=1e-5)
 
 
 @pytest.mark.parametrize("chunks", [1, 2])
