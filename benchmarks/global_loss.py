@@ -4,6 +4,10 @@
     python benchmarks/global_loss.py --largest 8192        # smaller batches only
     python benchmarks/global_loss.py --ring                # one share of K = 1 048 576, block by block, too
     python benchmarks/global_loss.py --row 65536 256 64    # this row again, with K, d and W; the others stay
+    python benchmarks/global_loss.py --matmul bf16         # the products of the tiles in bf16; its own result files
+    python benchmarks/global_loss.py --table               # the files again from what was measured
+
+On a GPU the results are `global_loss_cuda.*`; products other than fp32 are named too, as in `global_loss_cuda_bf16.*`.
 
 One process computes what a rank of W does: its b = K / W rows against all K, forward and backward, A-Cont and PoN. The
 rows of the other ranks are drawn beforehand and given to both ways; sending them is not in the times. What the other
@@ -12,6 +16,7 @@ so that its peak memory is its own; the two ways take turns.
 """
 
 import argparse
+import dataclasses
 import gc
 import json
 import os
@@ -23,12 +28,14 @@ import sys
 import time
 from importlib.metadata import version
 from pathlib import Path
+from typing import get_args
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from cel_dist.losses.exchange import Block, Exchange
+from cel_dist.losses.precision import MatmulName, Products
 from cel_dist.losses.similarity import SIMILARITIES
 from cel_dist.losses.terms import Settings, global_terms
 
@@ -66,7 +73,11 @@ class OthersGiven(Exchange):
 
 
 class GivenRows:
-    """All rows in one block, or block by block as a ring delivers them, each drawn anew into one buffer."""
+    """All rows in one block, or block by block as a ring delivers them.
+
+    Every block of the ring is the one before, rolled into a new buffer, so that there are three of them beside the own
+    rows for a moment, where a real ring holds its own and two.
+    """
 
     def __init__(self, x: Tensor, others: Tensor | None, world_size: int) -> None:
         self._x, self._others, self._world_size = x, others, world_size
@@ -99,8 +110,13 @@ def materialised(x: Tensor, rows: Tensor, w: Tensor) -> Tensor:
     return similarity + uniformity
 
 
-def measure(way: str, batch: int, dim: int, world_size: int, device: str, repeats: int) -> dict[str, float]:
-    """Median seconds of forward and backward, and the memory that they took beyond what was there before."""
+def measure(
+    way: str, batch: int, dim: int, world_size: int, device: str, repeats: int, matmul: str
+) -> dict[str, float]:
+    """Median seconds of forward and backward, and the memory that they took beyond what was there before.
+
+    `matmul` is that of the tiles; autograd has fp32 products in any case.
+    """
     generator = torch.Generator().manual_seed(0)
     share = batch // world_size
     ring = way == "ring"
@@ -109,19 +125,23 @@ def measure(way: str, batch: int, dim: int, world_size: int, device: str, repeat
     x = rows[:share].clone().requires_grad_()
     rows.requires_grad_(way == "materialised")
     exchange = OthersGiven(world_size, None if ring else rows)
+    settings = dataclasses.replace(SETTINGS, products=Products(matmul))
 
     def step() -> None:
         if way == "materialised":
             materialised(x, rows, w).backward()
         else:
-            global_terms(x, w, None, None, exchange, SETTINGS).loss.backward()
+            global_terms(x, w, None, None, exchange, settings).loss.backward()
         x.grad = w.grad = rows.grad = None
 
     # A small step first: libraries take their own memory once.
     small = torch.randn(64, 2, dim, device=device, requires_grad=True)
-    global_terms(small, w, None, None, OthersGiven(1, small.detach()), SETTINGS).loss.backward()
+    global_terms(small, w, None, None, OthersGiven(1, small.detach()), settings).loss.backward()
     materialised(small, small.detach().requires_grad_(), w).backward()
     gc.collect()
+    if device == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
     before = memory(device)
     seconds = []
     for _ in range(repeats):
@@ -140,8 +160,9 @@ def memory(device: str) -> float:
     return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
-def in_own_process(*arguments: object) -> dict[str, float]:
-    command = [sys.executable, __file__, "--one", *map(str, arguments)]
+def in_own_process(*arguments: object, repeats: int, options: argparse.Namespace) -> dict[str, float]:
+    command = [sys.executable, __file__, "--one", *map(str, arguments), "--repeats", str(repeats)]
+    command += ["--device", options.device, "--matmul", options.matmul]
     # Threads that spin while they wait would take the core from other work on the machine, and the other way round.
     environment = {**os.environ, "OMP_WAIT_POLICY": "PASSIVE"}
     done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=environment)
@@ -157,9 +178,7 @@ def measured_row(batch: int, dim: int, world_size: int, options: argparse.Namesp
     for _ in range(1 if is_long else TURNS):
         for way in ways:
             repeats = 1 if is_long else options.repeats
-            turns[way].append(
-                in_own_process(way, batch, dim, world_size, "--repeats", repeats, "--device", options.device)
-            )
+            turns[way].append(in_own_process(way, batch, dim, world_size, repeats=repeats, options=options))
     row: dict = {"K": batch, "d": dim, "W": world_size, "b": share, "tiles": None, "materialised": None}
     for way, found in turns.items():
         row[way] = {name: statistics.median(turn[name] for turn in found) for name in ("seconds", "mebibytes")}
@@ -167,59 +186,84 @@ def measured_row(batch: int, dim: int, world_size: int, options: argparse.Namesp
         pairs = zip(turns["materialised"], turns["tiles"], strict=True)
         ratios = sorted(plain["seconds"] / tiles["seconds"] for plain, tiles in pairs)
         row["ratio"] = {"median": statistics.median(ratios), "least": ratios[0], "most": ratios[-1]}
-    return row | {
-        "collectives": 2 if world_size > 1 else 0,
-        "words": share * (2 * dim + 2) + 8,
-        "turns": len(turns["tiles"]),
+    return row | {"turns": len(turns["tiles"])}
+
+
+def traffic(batch: int, dim: int, world_size: int) -> dict[str, dict[str, int]]:
+    """Collectives of a step, and the fp32 words that this rank gives to them; sample ids are two words a row.
+
+    Tiles: an all-gather of b rows, b (2 d + 2), and the exchange, 2 b + 8 in fp64. Autograd: the same all-gather, and
+    backward a reduce-scatter of the gradient of all rows, 2 d K; what it needs besides for scalars is not counted.
+    """
+    share, alone = batch // world_size, world_size == 1
+    gathered = share * (2 * dim + 2)
+    words = {"tiles": gathered + 2 * (2 * share + 8), "materialised": gathered + 2 * dim * batch}
+    return {
+        "collectives": dict.fromkeys(words, 0 if alone else 2),
+        "words": dict.fromkeys(words, 0) if alone else words,
     }
 
 
-def write(table: list[dict], ring: dict[str, float] | None, device: str) -> None:
-    """results/global_loss.json, .md and .png."""
-    machine = torch.cuda.get_device_name() if device == "cuda" else f"{os.cpu_count()} cores, {platform.machine()}"
-    conditions = {
-        "machine": machine,
+def conditions_here(options: argparse.Namespace) -> dict:
+    """What a number holds for."""
+    on_gpu = options.device == "cuda"
+    return {
+        "machine": torch.cuda.get_device_name() if on_gpu else f"{os.cpu_count()} cores, {platform.machine()}",
         "torch": version("torch"),
         "threads": torch.get_num_threads(),
         "turns": TURNS,
-        "products": "fp32",
+        "products": options.matmul,
+        "device": options.device,
     }
-    report = {"conditions": conditions, "table": table, "ring": ring}
-    (RESULTS / "global_loss.json").write_text(json.dumps(report, indent=1) + "\n")
+
+
+def files_of(options: argparse.Namespace) -> Path:
+    """Path of the result files, without their suffix."""
+    name = "global_loss" + ("_cuda" if options.device == "cuda" else "")
+    return options.results / (name + ("" if options.matmul == "fp32" else f"_{options.matmul}"))
+
+
+def write(report: dict, files: Path) -> None:
+    """The report as .json, .md and .png."""
+    report["table"] = [row | traffic(row["K"], row["d"], row["W"]) for row in report["table"]]
+    conditions, table, ring = report["conditions"], report["table"], report["ring"]
+    files.with_suffix(".json").write_text(json.dumps(report, indent=1) + "\n")
     lines = [
         "# One rank's share of the global loss",
         "",
-        f"Written by `benchmarks/global_loss.py` on {machine}, torch {conditions['torch']}, "
-        f"{conditions['threads']} threads, fp32: A-Cont and PoN, forward and backward, of b = K / W rows against K "
-        "of dimension d. In a turn both ways run, one after the other, in own processes. Rows whose ratio has a "
-        f"range are medians of {TURNS} turns, the others one turn. Memory is the peak beyond the gathered rows. The "
-        "machine is shared: compare the ratios.",
+        f"Written by `benchmarks/global_loss.py` on {conditions['machine']}, torch {conditions['torch']}, "
+        f"{conditions['threads']} threads, products of the tiles in {conditions['products']}, autograd in fp32: A-Cont "
+        "and PoN, forward and backward, of b = K / W rows against K of dimension d. In a turn both ways run, one after "
+        "the other, in own processes. Rows whose ratio has a "
+        f"range are medians of {conditions['turns']} turns, the others one turn. Memory is the peak beyond the "
+        "gathered rows. The machine is shared: compare the ratios.",
         "",
-        "A step is one all-gather, of b (2 d) words from each rank, and one exchange, of 2 b + 8; no collective runs "
-        "backward. Autograd through a gather sends the gradient of all K rows back besides. Sending is not timed.",
+        "A step of the tiles is one all-gather, of b (2 d + 2) words from each rank (sample ids are two words a row), "
+        "and one exchange, of 2 b + 8 numbers in fp64; no collective runs backward. Autograd through the same "
+        "all-gather sends the gradient of all rows back, a reduce-scatter to which every rank gives 2 d K words; an "
+        "all-reduce would move twice that. Words are those of fp32 that one rank gives to the collectives of a step. "
+        "Sending is not timed.",
         "",
-        "| K | d | W | b | tiles s | autograd s | ratio | tiles MiB | autograd MiB | share | words sent |",
-        "| ---: " * 11 + "|",
+        "| K | d | W | b | tiles s | autograd s | ratio | tiles MiB | autograd MiB | share "
+        "| tiles collectives | tiles words | autograd collectives | autograd words |",
+        "| ---: " * 14 + "|",
     ]
     for row in table:
         tiles, plain = row["tiles"], row["materialised"]
+        cells = [*(str(row[name]) for name in ("K", "d", "W", "b")), f"{tiles['seconds']:.3f}"]
         if plain is None:
-            lines.append(
-                f"| {row['K']} | {row['d']} | {row['W']} | {row['b']} | {tiles['seconds']:.3f} | does not fit | "
-                f"| {tiles['mebibytes']:.0f} | | | {row['words']} |"
-            )
-            continue
-        ratio = row["ratio"]
-        cells = [
-            *(str(row[name]) for name in ("K", "d", "W", "b")),
-            f"{tiles['seconds']:.3f}",
-            f"{plain['seconds']:.3f}",
-            f"{ratio['median']:.2f}" + (f" ({ratio['least']:.2f} to {ratio['most']:.2f})" if row["turns"] > 1 else ""),
-            f"{tiles['mebibytes']:.0f}",
-            f"{plain['mebibytes']:.0f}",
-            f"{tiles['mebibytes'] / max(plain['mebibytes'], 1):.1%}",
-            str(row["words"]),
-        ]
+            cells += ["does not fit", "", f"{tiles['mebibytes']:.0f}", "", ""]
+        else:
+            ratio = row["ratio"]
+            spread = f" ({ratio['least']:.2f} to {ratio['most']:.2f})" if row["turns"] > 1 else ""
+            cells += [
+                f"{plain['seconds']:.3f}",
+                f"{ratio['median']:.2f}{spread}",
+                f"{tiles['mebibytes']:.0f}",
+                f"{plain['mebibytes']:.0f}",
+                f"{tiles['mebibytes'] / max(plain['mebibytes'], 1):.1%}",
+            ]
+        cells += [str(row[name][way]) for way in ("tiles", "materialised") for name in ("collectives", "words")]
         lines.append(f"| {' | '.join(cells)} |")
     if ring:
         lines += [
@@ -227,14 +271,15 @@ def write(table: list[dict], ring: dict[str, float] | None, device: str) -> None
             f"Ring: b = {RING_ROWS} rows against K = {RING_BATCH}, d = 256, blocks as the ring delivers them "
             f"(the sending itself left out): {ring['seconds']:.0f} s, {ring['mebibytes']:.0f} MiB beyond the own rows.",
         ]
-    if device != "cuda":
+    # Results of before there was a choice of device are those of a CPU.
+    if conditions.get("device", "cpu") != "cuda":
         lines += ["", "Nothing here was measured on a GPU."]
-    lines += ["", "![Time and memory against K](global_loss.png)"]
-    (RESULTS / "global_loss.md").write_text("\n".join(lines) + "\n")
-    draw(table)
+    lines += ["", f"![Time and memory against K]({files.name}.png)"]
+    files.with_suffix(".md").write_text("\n".join(lines) + "\n")
+    draw(table, files.with_suffix(".png"))
 
 
-def draw(table: list[dict]) -> None:
+def draw(table: list[dict], file: Path) -> None:
     """Time and memory against K, both logarithmic, for d = 256."""
     import matplotlib
 
@@ -256,7 +301,7 @@ def draw(table: list[dict]) -> None:
         axis.grid(alpha=0.3, which="both")
     axes[0].legend(frameon=False, fontsize=8)
     figure.suptitle("One rank's share of the global loss, d = 256")
-    figure.savefig(RESULTS / "global_loss.png", dpi=110)
+    figure.savefig(file, dpi=110)
 
 
 def main() -> None:
@@ -265,14 +310,28 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--ring", action="store_true", help="measure the share of K = 1 048 576 too")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--matmul", choices=get_args(MatmulName), default="fp32", help="products of the tiles")
+    parser.add_argument("--results", type=Path, default=RESULTS, metavar="DIR")
+    parser.add_argument("--table", action="store_true", help="measure nothing, write the files again")
     parser.add_argument("--row", nargs=3, type=int, metavar=("K", "D", "W"), help="measure one row again")
     parser.add_argument("--one", nargs=4, metavar=("WAY", "K", "D", "W"), help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.one:
         way, batch, dim, world_size = options.one
-        found = measure(way, int(batch), int(dim), int(world_size), options.device, options.repeats)
+        found = measure(way, int(batch), int(dim), int(world_size), options.device, options.repeats, options.matmul)
         print(json.dumps(found))
         return
+    files, here = files_of(options), conditions_here(options)
+    report: dict = {"conditions": here, "table": [], "ring": None}
+    if options.table or options.row:
+        report = json.loads(files.with_suffix(".json").read_text())
+    if options.table:
+        write(report, files)
+        return
+    if others := {name for name, value in report["conditions"].items() if value != here[name]} - {"turns"}:
+        parser.error(
+            f"{', '.join(sorted(others))} differ from those of {files}.json; a table has one set of conditions"
+        )
     rows = (
         [tuple(options.row)]
         if options.row
@@ -288,15 +347,12 @@ def main() -> None:
     for row in rows:
         table.append(measured_row(*row, options))
         print(table[-1], flush=True)
-    earlier = json.loads((RESULTS / "global_loss.json").read_text()) if options.row else {"table": [], "ring": None}
-    table = [*(row for row in earlier["table"] if (row["K"], row["d"], row["W"]) not in rows), *table]
-    table.sort(key=lambda row: (row["d"], row["K"], row["W"]))
-    ring = earlier["ring"]
+    report["table"] = [row for row in report["table"] if (row["K"], row["d"], row["W"]) not in rows] + table
+    report["table"].sort(key=lambda row: (row["d"], row["K"], row["W"]))
     if options.ring:
-        ring = in_own_process(
-            "ring", RING_BATCH, 256, RING_BATCH // RING_ROWS, "--repeats", 1, "--device", options.device
-        )
-    write(table, ring, options.device)
+        ring = ("ring", RING_BATCH, 256, RING_BATCH // RING_ROWS)
+        report["ring"] = in_own_process(*ring, repeats=1, options=options)
+    write(report, files)
 
 
 if __name__ == "__main__":

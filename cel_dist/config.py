@@ -145,7 +145,8 @@ class TrainSection(Section):
     """Encoder arithmetic; bf16 is autocast, and features, loss and parameters stay fp32 in either case."""
     encode_chunks: Positive = 1
     """Parts in which a rank encodes its rows, for batches larger than its memory; above 1 it costs one more forward
-    pass, and batch norm takes its statistics from a part."""
+    pass, and batch norm normalises by the statistics of a part; its running statistics move by the mean of the parts,
+    once a step."""
     threads: Annotated[Whole, Field(gt=0, le=4096)] | None = None
     """CPU threads of a rank. Default: the cores that the process may use, divided by the ranks of the machine."""
     log_every: Positive = 10

@@ -128,7 +128,8 @@ class Engine:
         With `train.encode_chunks` above 1 the rows are encoded in so many parts, without keeping what the gradient
         needs; the loss of the whole batch gives the gradient at the embeddings, and every part is encoded once more to
         take it further. Memory is that of a part, time that of one more forward pass, and the gradient the same for
-        encoders that treat every row by itself; batch norm sees the rows of a part.
+        encoders that treat every row by itself. Batch norm normalises by the rows of a part; its running statistics
+        move once a step, by the mean of the parts.
 
         Args:
             features: [B, V, 40, F] of this rank.
@@ -147,12 +148,10 @@ class Engine:
     def _in_chunks(self, features: Tensor, ids: Tensor | None) -> Any:
         chunks = features.chunk(self._chunks)
         random_state = _RandomState(features.device)
-        buffers = [buffer.clone() for buffer in self.objective.buffers()]
+        buffers = _Buffers(self.objective)
         with torch.no_grad():
             embeddings = torch.cat([self._engine("embed", chunk) for chunk in chunks]).requires_grad_()
-        # Statistics are to move once a step, and dropout is to repeat itself.
-        for buffer, before in zip(self.objective.buffers(), buffers, strict=True):
-            buffer.copy_(before)
+        # Dropout is to repeat itself.
         random_state.restore()
         with self._one_reduction():
             output = self._engine("compare", embeddings, ids)
@@ -161,7 +160,10 @@ class Engine:
             self._engine.backward(output.loss) if has_parameters else output.loss.backward()
             assert embeddings.grad is not None
             for chunk, gradients in zip(chunks, embeddings.grad.chunk(self._chunks), strict=True):
+                buffers.restore()
                 self._engine.backward(self._engine("pull", chunk, gradients))
+                buffers.add(len(chunk) / len(features))
+            buffers.move_by_the_mean()
         return output
 
     @contextmanager
@@ -191,9 +193,24 @@ class Engine:
         for group in self._engine.optimizer.param_groups:
             group["lr"] = learning_rate
         self._engine.step()
-        with self._whole(self.objective.get_submodule("loss"), write=True):
-            self.objective.get_submodule("loss").clamp_scale()  # type: ignore[operator]
+        self._keep_scale_in_range()
         self._average_buffers()
+
+    def _keep_scale_in_range(self) -> None:
+        loss = self.objective.get_submodule("loss")
+        with self._whole(loss, write=True):
+            loss.clamp_scale()  # type: ignore[operator]
+        if self._stage == 0:
+            return
+        from deepspeed.utils import safe_set_full_fp32_param, safe_set_local_fp32_param
+
+        # The optimizer has a copy of its own of every parameter, from which the next step goes on.
+        for parameter in loss.parameters():
+            if self._stage == 3:
+                # Given the whole, DeepSpeed would cut from one number a part for every rank.
+                safe_set_local_fp32_param(parameter, parameter.ds_tensor)  # type: ignore[attr-defined]
+            else:
+                safe_set_full_fp32_param(parameter, parameter.detach())
 
     def _average_buffers(self) -> None:
         """Replace running statistics by their mean over the ranks: the engine saves rank 0's for all. After each
@@ -270,6 +287,40 @@ class _RandomState:
         torch.set_rng_state(self._cpu)
         if self._device and self._cuda is not None:
             torch.cuda.set_rng_state(self._cuda, self._device)
+
+
+class _Buffers:
+    """Buffers of a module as they were, and where passes over parts of a batch, each from there, take them in the
+    mean."""
+
+    @torch.no_grad()
+    def __init__(self, module: nn.Module) -> None:
+        self._buffers = list(module.buffers())
+        self._before = [buffer.clone() for buffer in self._buffers]
+        self._moves = [torch.zeros_like(buffer) for buffer in self._buffers]
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        for buffer, before in zip(self._buffers, self._before, strict=True):
+            buffer.copy_(before)
+
+    @torch.no_grad()
+    def add(self, share: float) -> None:
+        """Take in what a pass over this share of the rows made of them."""
+        for buffer, before, move in self._averaged():
+            # What did not move may be infinite, such as a mask.
+            move.add_(torch.where(buffer == before, 0.0, buffer - before), alpha=share)
+
+    @torch.no_grad()
+    def move_by_the_mean(self) -> None:
+        for buffer, before, move in self._averaged():
+            buffer.copy_(before + move)
+
+    def _averaged(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """All but counters, which every pass leaves alike."""
+        for row in zip(self._buffers, self._before, self._moves, strict=True):
+            if row[0].is_floating_point():
+                yield row
 
 
 @contextmanager

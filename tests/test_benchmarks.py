@@ -1,6 +1,7 @@
-"""The benchmark of the data plane runs and reports every row; how fast, it does not say here."""
+"""The benchmarks run and report every row; how fast, is not asked here."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -39,3 +40,22 @@ def test_the_data_benchmark_reports_every_way(tmp_path: Path) -> None:
         # Rates and first batches, of both formats.
         assert page.count(f"| {source} |") in (4, 8)
     assert str(tmp_path) not in page
+
+
+def test_the_table_of_the_global_loss_is_written_again_without_measuring(tmp_path: Path) -> None:
+    stored = PROJECT / "benchmarks/results/global_loss.json"
+    shutil.copy(stored, tmp_path)
+    command = [sys.executable, PROJECT / "benchmarks/global_loss.py", "--table", "--results", tmp_path]
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    before, after = (json.loads((folder / stored.name).read_text()) for folder in (stored.parent, tmp_path))
+    assert before == after
+    assert (tmp_path / "global_loss.md").read_text() == stored.with_suffix(".md").read_text()
+    for row in after["table"]:
+        if row["W"] == 1:
+            assert set(row["collectives"].values()) == set(row["words"].values()) == {0}
+        else:
+            # Rows with their ids; then the exchange, or the gradient of all rows.
+            gathered, all_rows = row["b"] * (2 * row["d"] + 2), 2 * row["K"] * row["d"]
+            assert row["words"] == {"tiles": gathered + 2 * (2 * row["b"] + 8), "materialised": gathered + all_rows}
+            assert set(row["collectives"].values()) == {2}

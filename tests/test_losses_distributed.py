@@ -3,6 +3,7 @@
 import itertools
 import re
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import oracle
@@ -124,11 +125,11 @@ def step_of_an_encoder(rows: Tensor, group: Any) -> dict[str, Tensor]:
     return gradients
 
 
-def collectives_of_a_step(rows: Tensor, group: Any, exchange: str) -> list[tuple[str, int]]:
+def collectives_of_a_step(rows: Tensor, group: Any, exchange: str, ids: Tensor | None = None) -> list[tuple[str, int]]:
     """Communication in the second forward and backward of a loss: names, and words that this rank sends."""
     loss = EquilibriumLoss("angular_contrastive", group=group, exchange=exchange)
     rows = rows.float().requires_grad_()
-    loss(rows)
+    loss(rows, ids)
     sent_to_neighbours = []
     send_and_receive = dist.batch_isend_irecv
 
@@ -139,7 +140,7 @@ def collectives_of_a_step(rows: Tensor, group: Any, exchange: str) -> list[tuple
     dist.batch_isend_irecv = recorded
     # `torch.profiler` is the same instrument, but takes two seconds to import.
     with torch.autograd.profiler.profile(record_shapes=True) as profile:
-        loss(rows).loss.backward()
+        loss(rows, ids).loss.backward()
     dist.batch_isend_irecv = send_and_receive
     found = [("send", words) for words in sent_to_neighbours]
     for event in profile.function_events:
@@ -214,6 +215,8 @@ def work(rank: int, world_size: int, folder: str) -> None:
         result["functions"] = {name: call(Case().rows()[own], w, w) for name, call in function_calls(group).items()}
         for how in exchanges:
             result[f"collectives {how}"] = collectives_of_a_step(Case().rows()[own], group, how)
+            with_ids = collectives_of_a_step(Case().rows()[own], group, how, DUPLICATES[own])
+            result[f"collectives {how}, ids"] = with_ids
         result["auto"] = choices_of_auto(rank, group, Case().rows()[own])
         if world_size > 1:
             result["refusals"] = refusals(rank, group, own)
@@ -300,6 +303,26 @@ def test_a_step_costs_one_gather_and_one_exchange_of_a_number_a_row(ranks: list[
     gathered = [("c10d::_allgather_base_", share * 2 * DIM), ("c10d::_allgather_base_", scalars + normalisers)]
     for result in ranks:
         assert result["collectives gather"] == (gathered if len(ranks) > 1 else [])
+
+
+@pytest.mark.parametrize("how", ["gather", "ring"])
+def test_ids_travel_with_the_rows_as_two_words_each(ranks: list[dict[str, Any]], how: str) -> None:
+    share = NUM_UTTERANCES // len(ranks)
+    for result in ranks:
+        without, with_ids = result[f"collectives {how}"], result[f"collectives {how}, ids"]
+        rows, words = share * 2 * DIM, share * (2 * DIM + 2)
+        assert with_ids == [(name, words if sent == rows else sent) for name, sent in without]
+        assert (rows in [sent for _, sent in without]) is (len(ranks) > 1)
+
+
+@pytest.mark.parametrize("name", ["LOCAL_WORLD_SIZE", "LOCAL_SIZE"])
+def test_ranks_of_a_machine_share_its_free_memory(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    # torchrun and the deepspeed launcher call it differently.
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    for variable, value in {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", name: "4"}.items():
+        monkeypatch.setenv(variable, value)
+    monkeypatch.setattr(exchange_module.psutil, "virtual_memory", lambda: SimpleNamespace(available=4000))
+    assert exchange_module._free_bytes(torch.device("cpu")) == 1000
 
 
 def test_auto_gathers_unless_one_rank_is_short_of_memory(ranks: list[dict[str, Any]]) -> None:

@@ -2,11 +2,14 @@
 
 import copy
 
+import pytest
 import torch
 
+from cel_dist.config_file import parse_config
 from cel_dist.encoders import build_encoder
+from cel_dist.encoders.batch_norm import GlobalBatchNorm
 from cel_dist.losses import EquilibriumLoss
-from cel_dist.training.objective import Objective
+from cel_dist.training.objective import Objective, new_objective
 
 B, V, MELS, FRAMES = 4, 2, 40, 32
 
@@ -40,3 +43,36 @@ def test_without_batch_statistics_the_two_are_the_same():
         Objective(encoder, loss, views).eval()("whole", features, None) for views in ("separate", "joint")
     )
     torch.testing.assert_close(separate.loss, joint.loss, rtol=0, atol=1e-5)
+
+
+def configured(section="loss", **settings):
+    """The objective of a configuration that says `settings` in a section, with the encoder of all these tests."""
+    tree = {"data": {"shards": "none"}, "augment": {"profile": 0}, "encoder": {"batch_norm": "per_rank"}}
+    tree.setdefault(section, {}).update(settings)
+    return new_objective(parse_config(tree, "test"), encoder_and_features()[0], None, on_gpu=False)
+
+
+@pytest.mark.parametrize(
+    ("section", "settings"),
+    [
+        ("loss", {"similarity": "angular_contrastive"}),
+        ("loss", {"pairs": "apn"}),
+        ("loss", {"t": 3.0}),
+        ("loss", {"lambda_s": 0.5}),
+        ("loss", {"lambda_u": 0.5}),
+        ("loss", {"matmul": "bf16"}),
+        ("encoder", {"views": "joint"}),
+    ],
+)
+def test_what_the_configuration_says_changes_the_loss(section, settings):
+    _, features = encoder_and_features()
+    usual, changed = configured()("whole", features, None), configured(section, **settings)("whole", features, None)
+    assert abs(usual.loss - changed.loss) > 1e-5
+
+
+def test_exchange_and_batch_norm_are_those_of_the_configuration():
+    # Alone, a process sends nothing, and its statistics are those of the batch.
+    assert [configured(exchange=how).loss._exchange.chosen for how in ("gather", "ring")] == ["gather", "ring"]
+    for kind, wanted in (("per_rank", False), ("global", True)):
+        encoder = configured("encoder", batch_norm=kind).encoder
+        assert any(isinstance(module, GlobalBatchNorm) for module in encoder.modules()) is wanted

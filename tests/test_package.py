@@ -42,7 +42,7 @@ MAY_KNOW = {
     "metrics": {"errors"},
     "config_file": {"errors", "config"},
     "encoders": {"errors"},
-    "losses": {"errors"},
+    "losses": {"errors", "distributed"},
     "published": {"errors", "encoders"},
 }
 

@@ -5,7 +5,6 @@ rows of all of them whatever belongs to its own.
 """
 
 import logging
-import os
 from collections.abc import Iterator
 from typing import Literal, NamedTuple, get_args
 
@@ -14,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from cel_dist.distributed import World
 from cel_dist.errors import CelError
 
 logger = logging.getLogger(__name__)
@@ -213,4 +213,4 @@ def _pack(x: Tensor, ids: Tensor | None) -> Tensor:
 def _free_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    return int(psutil.virtual_memory().available) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    return int(psutil.virtual_memory().available) // World.from_environment().local_size

@@ -1,14 +1,16 @@
-"""Encoder and loss as one module, so that one engine owns all parameters and the loss sees them whole (ZeRO-3), and
-the encoder that a run begins with."""
+"""Encoder and loss as one module, so that one engine owns all parameters and the loss sees them whole (ZeRO-3), as the
+configuration says, and the encoder that a run begins with."""
 
 from typing import Any, Literal
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from cel_dist.config import Config
 from cel_dist.description import EncoderDescription
 from cel_dist.encoders import build_encoder
+from cel_dist.encoders.batch_norm import with_global_batch_norm
 from cel_dist.losses import EquilibriumLoss, LossOutput
 from cel_dist.model import load_model, load_weights
 
@@ -62,6 +64,30 @@ class Objective(nn.Module):
     def _compare(self, embeddings: Tensor, ids: Tensor | None) -> LossOutput:
         output: LossOutput = self.loss(embeddings, ids)
         return output
+
+
+def new_objective(config: Config, encoder: nn.Module, group: dist.ProcessGroup | None, on_gpu: bool) -> Objective:
+    """The objective of the configuration over a group of ranks (None: this process alone).
+
+    Args:
+        config: the run's configuration.
+        encoder: the encoder to train; its batch norm is changed in place if that is to be global.
+        group: the ranks that share the batch.
+        on_gpu: whether it is going to compute on a GPU.
+    """
+    loss = EquilibriumLoss(
+        similarity=config.loss.similarity,
+        pairs=config.loss.pairs,
+        t=config.loss.t,
+        lambda_s=config.loss.lambda_s,
+        lambda_u=config.loss.lambda_u,
+        group=group,
+        exchange=config.loss.exchange,
+        matmul=config.loss.matmul,
+    )
+    if config.encoder.batch_norm == "global":
+        encoder = with_global_batch_norm(encoder, group, on_gpu)
+    return Objective(encoder, loss, config.encoder.views)
 
 
 def new_encoder(config: Config) -> nn.Module:

@@ -20,17 +20,15 @@ from cel_dist.config_file import dump_config
 from cel_dist.data.files import atomic_write, sole_writer
 from cel_dist.description import EncoderDescription, ModelDescription, Provenance
 from cel_dist.distributed import World
-from cel_dist.encoders.batch_norm import with_global_batch_norm
 from cel_dist.engine import Engine, start_process_group, stop_process_group
 from cel_dist.errors import CelError, RunError
 from cel_dist.evaluation import Evaluation, evaluate
 from cel_dist.evaluation.embed import raised_together
-from cel_dist.losses import EquilibriumLoss
 from cel_dist.model import SpeakerModel
 from cel_dist.tracking import Tracker
 from cel_dist.training.batches import Batches, TrainBatch
 from cel_dist.training.checkpoint import CheckpointStore
-from cel_dist.training.objective import Objective, initial_encoder, new_encoder
+from cel_dist.training.objective import initial_encoder, new_encoder, new_objective
 from cel_dist.training.preflight import Checked, preflight
 from cel_dist.training.records import Interval, Records, writing
 from cel_dist.training.result import TrainResult
@@ -105,19 +103,8 @@ class Trainer:
             # Again, because another run may have written into the folder before this one held it.
             start = find_start(config, steps_per_epoch=self.plan.steps_per_epoch, num_ranks=world.size, resume=resume)
             encoder = initial_encoder(config) if start.checkpoint is None else new_encoder(config)
-        loss = EquilibriumLoss(
-            similarity=config.loss.similarity,
-            pairs=config.loss.pairs,
-            t=config.loss.t,
-            lambda_s=config.loss.lambda_s,
-            lambda_u=config.loss.lambda_u,
-            group=torch.distributed.group.WORLD,
-            exchange=config.loss.exchange,
-            matmul=config.loss.matmul,
-        )
-        if config.encoder.batch_norm == "global":
-            encoder = with_global_batch_norm(encoder, torch.distributed.group.WORLD, device.type == "cuda")
-        self.engine = Engine(Objective(encoder, loss, config.encoder.views), config, world, device)
+        objective = new_objective(config, encoder, torch.distributed.group.WORLD, device.type == "cuda")
+        self.engine = Engine(objective, config, world, device)
         self.evaluated = new_encoder(config).to(device)
 
         self.total_steps = num_steps(config, self.plan.steps_per_epoch)
