@@ -32,8 +32,8 @@ class TileSize(NamedTuple):
 
     @classmethod
     def of(cls, device: torch.device) -> "TileSize":
-        """Tiles that stay in a core's cache on a CPU, and that fill a GPU."""
-        return cls(8192, 8192) if device.type == "cuda" else cls(1024, 512)
+        """Tiles large enough that starting an operation costs little beside it, on a CPU and even more on a GPU."""
+        return cls(8192, 8192) if device.type == "cuda" else cls(1024, 2048)
 
 
 class Own(NamedTuple):
