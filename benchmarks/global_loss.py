@@ -38,6 +38,7 @@ from cel_dist.losses.exchange import Block, Exchange
 from cel_dist.losses.precision import MatmulName, Products
 from cel_dist.losses.similarity import SIMILARITIES
 from cel_dist.losses.terms import Settings, global_terms
+from cel_dist.losses.tiles import TileSize
 
 RESULTS = Path(__file__).resolve().parent / "results"
 SETTINGS = Settings(SIMILARITIES["angular_contrastive"], "pon")
@@ -186,7 +187,7 @@ def measured_row(batch: int, dim: int, world_size: int, options: argparse.Namesp
         pairs = zip(turns["materialised"], turns["tiles"], strict=True)
         ratios = sorted(plain["seconds"] / tiles["seconds"] for plain, tiles in pairs)
         row["ratio"] = {"median": statistics.median(ratios), "least": ratios[0], "most": ratios[-1]}
-    return row | {"turns": len(turns["tiles"])}
+    return row | {"turns": len(turns["tiles"]), "tile": TileSize.of(torch.device(options.device))}
 
 
 def traffic(batch: int, dim: int, world_size: int) -> dict[str, dict[str, int]]:
@@ -244,13 +245,14 @@ def write(report: dict, files: Path) -> None:
         "all-reduce would move twice that. Words are those of fp32 that one rank gives to the collectives of a step. "
         "Sending is not timed.",
         "",
-        "| K | d | W | b | tiles s | autograd s | ratio | tiles MiB | autograd MiB | share "
+        "| K | d | W | b | tile | tiles s | autograd s | ratio | tiles MiB | autograd MiB | share "
         "| tiles collectives | tiles words | autograd collectives | autograd words |",
-        "| ---: " * 14 + "|",
+        "| ---: " * 15 + "|",
     ]
     for row in table:
         tiles, plain = row["tiles"], row["materialised"]
-        cells = [*(str(row[name]) for name in ("K", "d", "W", "b")), f"{tiles['seconds']:.3f}"]
+        tile = " x ".join(map(str, row["tile"]))
+        cells = [*(str(row[name]) for name in ("K", "d", "W", "b")), tile, f"{tiles['seconds']:.3f}"]
         if plain is None:
             cells += ["does not fit", "", f"{tiles['mebibytes']:.0f}", "", ""]
         else:
