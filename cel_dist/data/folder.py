@@ -1,6 +1,7 @@
 """A finished folder of shards, on this machine or in a store, opened for reading."""
 
 import hashlib
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +20,8 @@ from cel_dist.errors import CelError
 
 # End-of-archive mark, padding to a record, and JSON members behind the last audio.
 _END_BYTES = 1 << 15
-DEFAULT_CACHE = Path.home() / ".cache" / "cel_dist"
+# Not Path.home(), which raises for a user without a home; such are found in containers.
+DEFAULT_CACHE = Path(os.path.expanduser("~/.cache/cel_dist"))
 
 
 @dataclass(frozen=True)
