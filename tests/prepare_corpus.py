@@ -11,6 +11,20 @@ from cel_dist.data.prepare import PrepareResult
 
 NAMES = ["a b/ü1.wav", "a b/2.FLAC", "c/d.e/3.ogg", *(f"s{number % 3}/{number:03d}.flac" for number in range(4, 21))]
 
+# A program that stands still after its first shard: source, folder, labels, and further options as JSON.
+STOP_AFTER_FIRST_SHARD = """
+import json
+import sys
+from cel_dist.data.prepare import prepare
+def progress(done, total):
+    if done:
+        print("shard", flush=True)
+        sys.stdin.read()
+if __name__ == "__main__":
+    options = json.loads(sys.argv[4])
+    prepare(sys.argv[1], sys.argv[2], labels=sys.argv[3], samples_per_shard=2, progress=progress, **options)
+"""
+
 
 def voice(seed: int, seconds: float, rate: int = 16_000) -> np.ndarray:
     return np.random.default_rng(seed).normal(size=round(seconds * rate)) * 0.1

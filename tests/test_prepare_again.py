@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import soundfile
-from prepare_corpus import NAMES, contents, paths, table, voice, write_corpus
+from prepare_corpus import NAMES, STOP_AFTER_FIRST_SHARD, contents, paths, table, voice, write_corpus
 
 from cel_dist.data.check import check_shards
 from cel_dist.data.folder import ShardFolder
@@ -92,22 +92,10 @@ def test_a_run_that_was_cut_short_while_it_replaced_a_shard_is_not_complete(corp
     assert check_shards(out, workers=1) == []
 
 
-STOP_AFTER_FIRST_SHARD = """
-import sys
-from cel_dist.data.prepare import prepare
-def progress(done, total):
-    if done:
-        print("shard", flush=True)
-        sys.stdin.read()
-if __name__ == "__main__":
-    prepare(sys.argv[1], sys.argv[2], labels=sys.argv[3], samples_per_shard=2, workers=2, progress=progress)
-"""
-
-
 def test_a_killed_run_leaves_nothing_that_passes_and_is_continued(corpus: Path, labels: Path, tmp_path: Path) -> None:
     script, out = tmp_path / "killed.py", tmp_path / "out"
     script.write_text(STOP_AFTER_FIRST_SHARD)
-    command = [sys.executable, str(script), str(corpus), str(out), str(labels)]
+    command = [sys.executable, str(script), str(corpus), str(out), str(labels), '{"workers": 2}']
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
         assert process.stdout is not None
         # The parent stands still after its first shard, its workers go on, and none of them outlives it.

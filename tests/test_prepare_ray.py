@@ -11,7 +11,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from prepare_corpus import NAMES, contents
+from prepare_corpus import NAMES, STOP_AFTER_FIRST_SHARD, contents
 from ray_jobs import MarkedJob, die_if_odd, die_the_first_time, fail, square
 
 from cel_dist.cli.app import run
@@ -137,22 +137,12 @@ def test_killed_workers_change_nothing(
     assert check_shards(out, workers=1) == []
 
 
-STOP_AFTER_FIRST_SHARD = """
-import sys
-from cel_dist.data.prepare import prepare
-def progress(done, total):
-    if done:
-        print("shard", flush=True)
-        sys.stdin.read()
-prepare(sys.argv[1], sys.argv[2], labels=sys.argv[3], samples_per_shard=2, ray_address=sys.argv[4], progress=progress)
-"""
-
-
 def test_a_killed_driver_is_continued_without_doing_again_what_is_done(
     cluster: str, corpus: Path, labels: Path, straight: dict[str, bytes], tmp_path: Path
 ) -> None:
     out = tmp_path / "out"
-    command = [sys.executable, "-c", STOP_AFTER_FIRST_SHARD, str(corpus), str(out), str(labels), cluster]
+    options = json.dumps({"ray_address": cluster})
+    command = [sys.executable, "-c", STOP_AFTER_FIRST_SHARD, str(corpus), str(out), str(labels), options]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
         assert process.stdout is not None
         assert process.stdout.readline() == b"shard\n"
