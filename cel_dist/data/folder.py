@@ -78,13 +78,12 @@ class ShardFolder:
             raise CelError(f"there is no folder of shards at {folder}; write one with 'cel prepare SRC --out {folder}'")
         manifest = Manifest.load(folder)
         index = Index.load(folder)
+        for problem in [*index_disagreements(str(folder), manifest, index), *_size_faults(folder, manifest)]:
+            raise CelError(f"{problem}; run 'cel check {folder}' for every fault, or 'cel prepare' again")
         files: ShardFiles = LocalShards(folder, manifest.shards, access.verify)
         if any(record.is_compressed for record in manifest.shards):
             files = _cached(RemoteFolder(f"file://{folder.absolute()}", access.patience), manifest, index, access)
-        opened = cls(str(folder), manifest, index, files)
-        for problem in [*index_disagreements(opened.location, manifest, opened.index), *_size_faults(folder, manifest)]:
-            raise CelError(f"{problem}; run 'cel check {folder}' for every fault, or 'cel prepare' again")
-        return opened
+        return cls(str(folder), manifest, index, files)
 
     @classmethod
     def _open_remote(cls, url: str, access: Access) -> "ShardFolder":
@@ -99,10 +98,9 @@ class ShardFolder:
             raise CelError(
                 f"cannot open the shards at {url}: {error}; check the address, the network and your rights to read it"
             ) from None
-        opened = cls(url, manifest, index, _cached(remote, manifest, index, access))
-        for problem in index_disagreements(opened.location, manifest, opened.index):
+        for problem in index_disagreements(url, manifest, index):
             raise CelError(f"{problem}; upload the folder that 'cel prepare' wrote again, whole")
-        return opened
+        return cls(url, manifest, index, _cached(remote, manifest, index, access))
 
 
 def index_disagreements(location: str, manifest: Manifest, index: Index) -> Iterator[str]:
@@ -120,8 +118,7 @@ def index_disagreements(location: str, manifest: Manifest, index: Index) -> Iter
         yield f"the index of {location} is not in the order of the manifest's {last + 1} shards"
         return
     counts = np.bincount(index.shard, minlength=last + 1)
-    ends = np.zeros(last + 1, np.int64)
-    np.maximum.at(ends, index.shard, index.offset + index.size)
+    ends = index.shard_ends(last + 1)
     for number, record in enumerate(manifest.shards):
         if counts[number] != record.samples:
             yield f"shard {record.name}: {counts[number]} samples in the index, {record.samples} in the manifest"
@@ -140,10 +137,7 @@ def _size_faults(folder: Path, manifest: Manifest) -> Iterator[str]:
 
 
 def _cached(remote: RemoteFolder, manifest: Manifest, index: Index, access: Access) -> CachedShards:
-    ends = np.zeros(len(manifest.shards), np.int64)
-    known = index.shard[: manifest.samples]
-    if len(known) and known.min() >= 0 and known.max() < len(ends):
-        np.maximum.at(ends, index.shard, index.offset + index.size)
+    ends = index.shard_ends(len(manifest.shards))
     # Of a compressed shard only the index tells how long it is when unpacked; behind the last audio comes little.
     sizes = [
         int(end) + _END_BYTES if record.is_compressed else record.bytes

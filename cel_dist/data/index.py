@@ -72,6 +72,12 @@ class Index:
         num_shards = int(self.shard[-1]) + 1 if len(self) else 0
         return np.searchsorted(self.shard, np.arange(num_shards + 1)).astype(np.int64)
 
+    def shard_ends(self, num_shards: int) -> npt.NDArray[np.int64]:
+        """int64 `[num_shards]`, the first byte behind the last audio of each shard; 0 for one without samples."""
+        ends = np.zeros(num_shards, np.int64)
+        np.maximum.at(ends, self.shard, self.offset + self.size)
+        return ends
+
     @classmethod
     def from_shards(cls, rows: Sequence[ShardRows]) -> "Index":
         """Join the rows of the manifest's shards, given in its order."""
