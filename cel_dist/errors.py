@@ -1,4 +1,7 @@
-"""The two kinds of failure that a user meets, and what becomes of them on the command line."""
+"""The kinds of failure that a user meets, and what becomes of them on the command line."""
+
+# What sysexits.h calls a failure that goes away by itself: whoever started the run may start it again as it is.
+EXIT_PREEMPTED = 75
 
 
 class CelError(Exception):
@@ -16,3 +19,18 @@ class RunError(Exception):
     def __init__(self, message: str, *, said_by: int | None = None) -> None:
         super().__init__(message)
         self.said_by = said_by
+
+
+class PreemptedError(RunError):
+    """The run was asked to end (SIGTERM, SIGUSR1) and did so after writing a checkpoint (exit code EXIT_PREEMPTED)."""
+
+
+def exit_code(error: CelError | RunError) -> int:
+    """What a process that ends with `error` returns.
+
+    >>> exit_code(CelError("no such file")), exit_code(RunError("disk full")), exit_code(PreemptedError("SIGTERM"))
+    (2, 1, 75)
+    """
+    if isinstance(error, PreemptedError):
+        return EXIT_PREEMPTED
+    return 2 if isinstance(error, CelError) else 1

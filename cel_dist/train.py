@@ -11,11 +11,11 @@ import sys
 
 from cel_dist.config_file import load_config
 from cel_dist.distributed import leave_process, let_idle_threads_sleep
-from cel_dist.errors import CelError, RunError
+from cel_dist.errors import CelError, RunError, exit_code
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Train as the command line says; returns the exit code (2 bad input, 1 failure)."""
+    """Train as the command line says; returns the exit code (`errors.exit_code`)."""
     parser = argparse.ArgumentParser(prog="cel_dist.train", description="Train one rank of a run.")
     parser.add_argument("config", help="YAML file")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings that replace those of the file")
@@ -34,7 +34,7 @@ def main(arguments: list[str] | None = None) -> int:
     except (CelError, RunError) as error:
         if _is_said_here(error):
             print(f"error: {' '.join(str(error).split())}", file=sys.stderr)  # noqa: T201
-        return 2 if isinstance(error, CelError) else 1
+        return exit_code(error)
     return 0
 
 

@@ -11,7 +11,7 @@ import typer
 from typer.exceptions import TyperException
 
 from cel_dist.distributed import let_idle_threads_sleep
-from cel_dist.errors import CelError, RunError
+from cel_dist.errors import CelError, RunError, exit_code
 
 app = typer.Typer(
     name="cel",
@@ -44,12 +44,10 @@ def run(arguments: list[str]) -> int:
         outcome = app(args=arguments or ["--help"], prog_name="cel", standalone_mode=False)
         # The code of `typer.Exit` is returned, not raised, when typer does not run stand-alone.
         return outcome if isinstance(outcome, int) else 0
-    except CelError as error:
-        return _fail(str(error), 2)
+    except (CelError, RunError) as error:
+        return _fail(str(error), exit_code(error))
     except TyperException as error:
         return _fail(f"{error.format_message()}; see 'cel --help' and 'cel COMMAND --help'", 2)
-    except RunError as error:
-        return _fail(str(error), 1)
     except (KeyboardInterrupt, typer.Abort):
         return _fail("interrupted", 130)
     except BrokenPipeError:
