@@ -147,6 +147,8 @@ class TrainSection(Section):
     """Parts in which a rank encodes its rows, for batches larger than its memory; above 1 it costs one more forward
     pass, and batch norm normalises by the statistics of a part; its running statistics move by the mean of the parts,
     once a step."""
+    max_skipped_steps: Annotated[Whole, Field(ge=0)] = 10
+    """Batches in a row that may be skipped because their loss or gradient is not finite; one more stops training."""
     threads: Annotated[Whole, Field(gt=0, le=4096)] | None = None
     """CPU threads of a rank. Default: the cores that the process may use, divided by the ranks of the machine."""
     log_every: Positive = 10

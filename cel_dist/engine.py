@@ -16,9 +16,10 @@ import torch.distributed as dist
 import torch.distributed.nn.functional
 from torch import Tensor, nn
 
+from cel_dist import engine_checkpoint
 from cel_dist.config import Config
 from cel_dist.distributed import World, free_port
-from cel_dist.errors import CelError, RunError
+from cel_dist.errors import CelError
 
 
 def start_process_group(world: World) -> torch.device:
@@ -112,6 +113,7 @@ class Engine:
         self._engine, *_ = deepspeed.initialize(
             model=objective.to(device), optimizer=optimizer, config=deepspeed_settings(config, world)
         )
+        self._before_pass: _Buffers | None = None
         # A script for reading DeepSpeed's files, which `model/` makes needless, and which rank 0 alone could fail to
         # write.
         self._engine._copy_recovery_script = lambda folder: None
@@ -121,6 +123,12 @@ class Engine:
         """The module inside the engine. Under ZeRO-3 its parameters are empty outside forward."""
         module: nn.Module = self._engine.module
         return module
+
+    @property
+    def problem(self) -> str | None:
+        """Why the loss of the last batch is not a number, where the objective knows."""
+        problem: str | None = getattr(self.objective, "problem", None)
+        return problem
 
     def forward_backward(self, features: Tensor, ids: Tensor | None = None) -> Any:
         """Compute the loss in training mode, and the gradients, averaged over the ranks.
@@ -139,6 +147,7 @@ class Engine:
             What the loss returns.
         """
         self._engine.train()
+        self._before_pass = _Buffers(self.objective)
         if self._chunks > 1:
             return self._in_chunks(features, ids)
         output = self._engine("whole", features, ids)
@@ -148,7 +157,8 @@ class Engine:
     def _in_chunks(self, features: Tensor, ids: Tensor | None) -> Any:
         chunks = features.chunk(self._chunks)
         random_state = _RandomState(features.device)
-        buffers = _Buffers(self.objective)
+        buffers = self._before_pass
+        assert buffers is not None
         with torch.no_grad():
             embeddings = torch.cat([self._engine("embed", chunk) for chunk in chunks]).requires_grad_()
         # Dropout is to repeat itself.
@@ -236,29 +246,40 @@ class Engine:
         with self._whole(loss):
             return {name: parameter.item() for name, parameter in loss.named_parameters()}
 
-    def save(self, folder: Path) -> None:
-        """Write engine and optimizer state into `folder`; every rank calls this.
+    def discard(self) -> None:
+        """Forget the gradients of `forward_backward` and what it made of the buffers, instead of a `step`."""
+        optimizer = self._engine.optimizer
+        if self._stage == 0:
+            self._engine.zero_grad()
+        else:
+            optimizer.zero_grad()
+            # Left there, they would be added to those of the next step.
+            for group in optimizer.averaged_gradients:
+                optimizer.averaged_gradients[group] = None
+        assert self._before_pass is not None
+        self._before_pass.restore()
 
-        Raises:
-            OSError, RuntimeError: this rank could not write its part; the others are not held up by that.
-        """
-        with _kept_failures(self._engine.checkpoint_engine) as failures:
-            self._engine.save_checkpoint(str(folder), tag="engine", save_latest=False)
-        if failures:
-            raise failures[0]
+    def snapshot(self) -> dict[str, Any]:
+        """What this rank has to save, copied to the CPU: files by name, for `torch.save`. All ranks call this."""
+        return engine_checkpoint.snapshot(self._engine)
 
-    def load(self, folder: Path) -> None:
-        """Read what `save` wrote.
+    def load(self, checkpoint: Path) -> None:
+        """Read what `snapshot` gave to ranks of the same number under the same stage, from `checkpoint/engine`; under
+        stage 0 to any number. All ranks call this.
 
         Raises:
             RunError: files are missing or damaged.
         """
-        try:
-            path, _ = self._engine.load_checkpoint(str(folder), tag="engine")
-        except (OSError, RuntimeError, ValueError, EOFError, KeyError) as error:
-            raise RunError(f"checkpoint {folder} cannot be read: {' '.join(str(error).split())[:300]}") from error
-        if path is None:
-            raise RunError(f"checkpoint {folder} holds no engine state")
+        engine_checkpoint.restore(self._engine, checkpoint)
+
+    def load_universal(self, folder: Path) -> None:
+        """Read what `engine_checkpoint.write_universal` wrote, whatever ranks and stage it came from. All ranks call
+        this.
+
+        Raises:
+            RunError: files are missing or damaged.
+        """
+        engine_checkpoint.restore_universal(self._engine, folder)
 
     def _gradients(self) -> list[Tensor]:
         if self._stage == 0:
@@ -297,7 +318,7 @@ class _Buffers:
     def __init__(self, module: nn.Module) -> None:
         self._buffers = list(module.buffers())
         self._before = [buffer.clone() for buffer in self._buffers]
-        self._moves = [torch.zeros_like(buffer) for buffer in self._buffers]
+        self._moves: list[Tensor] = []
 
     @torch.no_grad()
     def restore(self) -> None:
@@ -307,6 +328,8 @@ class _Buffers:
     @torch.no_grad()
     def add(self, share: float) -> None:
         """Take in what a pass over this share of the rows made of them."""
+        if not self._moves:
+            self._moves = [torch.zeros_like(buffer) for buffer in self._buffers]
         for buffer, before, move in self._averaged():
             # What did not move may be infinite, such as a mask.
             move.add_(torch.where(buffer == before, 0.0, buffer - before), alpha=share)
@@ -321,25 +344,6 @@ class _Buffers:
         for row in zip(self._buffers, self._before, self._moves, strict=True):
             if row[0].is_floating_point():
                 yield row
-
-
-@contextmanager
-def _kept_failures(writer: Any) -> Iterator[list[Exception]]:
-    """Collect what goes wrong when DeepSpeed's `writer` writes files: a rank that raised there would leave the others
-    in a barrier."""
-    failures: list[Exception] = []
-
-    def save(state_dict: Any, path: str) -> None:
-        try:
-            type(writer).save(writer, state_dict, path)
-        except (OSError, RuntimeError) as error:
-            failures.append(error)
-
-    writer.save = save
-    try:
-        yield failures
-    finally:
-        del writer.save
 
 
 def deepspeed_settings(config: Config, world: World) -> dict[str, Any]:

@@ -11,7 +11,7 @@ import sys
 
 from cel_dist.config_file import load_config
 from cel_dist.distributed import leave_process, let_idle_threads_sleep
-from cel_dist.errors import CelError, RunError, exit_code
+from cel_dist.errors import CelError, PreemptedError, RunError, exit_code
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -33,7 +33,8 @@ def main(arguments: list[str] | None = None) -> int:
         train(config, options.resume)
     except (CelError, RunError) as error:
         if _is_said_here(error):
-            print(f"error: {' '.join(str(error).split())}", file=sys.stderr)  # noqa: T201
+            told = " ".join(str(error).split())
+            print(told if isinstance(error, PreemptedError) else f"error: {told}", file=sys.stderr)  # noqa: T201
         return exit_code(error)
     return 0
 

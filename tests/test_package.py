@@ -15,7 +15,7 @@ HEAVY = {"torch", "torchaudio", "ray", "mlflow", "deepspeed", "webdataset"}
 
 # Third-party package -> the only modules and folders of cel_dist that may import it.
 IMPORTED_ONLY_BY = {
-    "deepspeed": ("engine.py",),
+    "deepspeed": ("engine.py", "engine_checkpoint.py"),
     "mlflow": ("tracking/",),
     "ray": ("data/ray_pool.py", "sweep.py"),
     "webdataset": ("data/stream.py",),

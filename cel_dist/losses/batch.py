@@ -13,6 +13,10 @@ from cel_dist.losses.tiles import Own, TileSize
 _SMALLEST_LENGTH = 1e-12
 
 
+class EmbeddingsError(CelError):
+    """Embeddings of the global batch that no loss can be computed of: not finite, or of length 0."""
+
+
 @dataclass(frozen=True)
 class GlobalBatch:
     """K rows of W ranks, B of them here.
@@ -67,7 +71,7 @@ def faults(x: Tensor) -> Tensor:
 
 
 def check_faults(by_rank: Tensor, num_rows: int) -> None:
-    """Raise CelError if a rank reported faults [W, 2]; all ranks see the same numbers, so all of them raise."""
+    """Raise EmbeddingsError if a rank reported faults [W, 2]; all ranks see the same numbers, so all of them raise."""
     if not bool(by_rank.any()):
         return
     found = []
@@ -77,4 +81,4 @@ def check_faults(by_rank: Tensor, num_rows: int) -> None:
         if empty:
             found.append(f"rank {rank} has embeddings of length 0 in {empty} of {num_rows} utterances")
     remedy = "lower optim.lr, set optim.clip_norm, or look for silent or damaged audio with 'cel check'"
-    raise CelError(f"{'; '.join(found)}; {remedy}")
+    raise EmbeddingsError(f"{'; '.join(found)}; {remedy}")

@@ -76,10 +76,13 @@ class Batches:
         self._features = LogMel().to(device)
         self._num_faults = 0
 
-    def seek(self, step: int) -> None:
-        """Let the batch of a step of the whole run, counted from 0, come next."""
-        epoch, step_of_epoch = divmod(step, self._plan.steps_per_epoch)
-        self.stream.load_state_dict({"epoch": epoch, "step": step_of_epoch})
+    def state_dict(self) -> dict[str, int]:
+        """Epoch and step of the batch that comes next."""
+        return self.stream.state_dict()
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Let the batch of `state` come next."""
+        self.stream.load_state_dict(state)
 
     def __iter__(self) -> "Batches":
         return self

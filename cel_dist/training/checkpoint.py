@@ -1,39 +1,34 @@
-"""Checkpoints that are complete or absent.
+"""Checkpoints as they lie on disk: complete or absent.
 
     checkpoints/
       step-00001000/
         config.yaml    the run's configuration
-        engine/        DeepSpeed's files
+        engine/        DeepSpeed's files: encoder, loss parameters, optimizer
+        random/        states of the random generators, a file a rank
         model/         the encoder as a model folder that `cel_dist.load_model` reads
-        state.json     position of the run, and what of data and world the configuration does not say; written last
+        state.json     position of the run, the world and the versions that wrote it, and size and SHA-256 of every
+                       other file; written last
       retired-step-00002000/
-                       a checkpoint behind one that the run went back to; no run continues from it by itself
+                       a checkpoint behind one that the run went back to, or a damaged one; no run continues from it by
+                       itself
 
-A checkpoint is written under a hidden name and renamed when all ranks have written their part.
+`checkpoint_store` writes them.
 """
 
 import json
-import logging
-import os
-import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from cel_dist.config import Config
 from cel_dist.config_file import load_config
-from cel_dist.data.files import atomic_write, sync
-from cel_dist.distributed import World
-from cel_dist.engine import Engine
-from cel_dist.errors import CelError, RunError
-from cel_dist.evaluation.embed import raised_together
-from cel_dist.model import SpeakerModel
+from cel_dist.data.files import sha256_of
+from cel_dist.errors import CelError
 
-logger = logging.getLogger(__name__)
 STATE = "state.json"
 CONFIG = "config.yaml"
+MODEL = "model"
+RANDOM = "random"
 
 
 @dataclass
@@ -41,11 +36,13 @@ class TrainState:
     """Position of a run.
 
     Attributes:
-        step: optimizer steps taken.
+        step: batches taken, skipped ones included.
         best_eer: lowest validation EER so far, a fraction.
         best_step: step at which it was reached.
         first_eer: validation EER of the untrained encoder.
         evaluated_step: step of the last evaluation.
+        skipped: batches whose loss or gradient was not finite, so that nothing was updated.
+        skipped_in_a_row: those since the last update.
     """
 
     step: int = 0
@@ -53,15 +50,51 @@ class TrainState:
     best_step: int | None = None
     first_eer: float | None = None
     evaluated_step: int | None = None
+    skipped: int = 0
+    skipped_in_a_row: int = 0
 
 
 @dataclass(frozen=True)
 class SavedRun:
-    """What a checkpoint says of the run that wrote it; `signature` as in `CheckpointStore`."""
+    """What a checkpoint says of the run that wrote it.
+
+    Attributes:
+        state: position.
+        stream: state of the stream of batches.
+        interval: what was gathered since the last record (`records.Interval`).
+        signature: what a run that goes on must agree in besides the configuration.
+        num_ranks: ranks that wrote it.
+        versions: of the packages that wrote it.
+        files: path in the folder to bytes and SHA-256.
+        config: configuration.
+    """
 
     state: TrainState
+    stream: dict[str, int]
+    interval: dict[str, Any]
     signature: dict[str, Any]
+    num_ranks: int
+    versions: dict[str, str]
     config: Config
+    files: dict[str, tuple[int, str]] = field(default_factory=dict)
+
+    def record(self) -> bytes:
+        """The content of `state.json`."""
+        record = {
+            "state": asdict(self.state),
+            "stream": self.stream,
+            "interval": self.interval,
+            "signature": self.signature,
+            "num_ranks": self.num_ranks,
+            "versions": self.versions,
+            "files": self.files,
+        }
+        return json.dumps(record, indent=2).encode()
+
+
+def folder_name(step: int) -> str:
+    """Name of the checkpoint of a step."""
+    return f"step-{step:08d}"
 
 
 def complete_checkpoints(folder: Path) -> list[Path]:
@@ -70,7 +103,7 @@ def complete_checkpoints(folder: Path) -> list[Path]:
 
 
 def read_checkpoint(checkpoint: Path) -> SavedRun:
-    """What a checkpoint says of its run; DeepSpeed's files are not read.
+    """What a checkpoint says of its run; the files that it lists are not read.
 
     Raises:
         CelError: it is no complete checkpoint, or what it says is damaged.
@@ -80,120 +113,35 @@ def read_checkpoint(checkpoint: Path) -> SavedRun:
     except (OSError, ValueError):
         raise CelError(f"{checkpoint} is no complete checkpoint: it has no readable {STATE}") from None
     try:
-        state, signature = TrainState(**record["state"]), dict(record["signature"])
-    except (KeyError, TypeError, ValueError) as error:
+        state = TrainState(**record["state"])
+        parts = {name: record[name] for name in ("stream", "interval", "signature", "num_ranks", "versions")}
+        files = {str(name): (int(size), str(digest)) for name, (size, digest) in record["files"].items()}
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise CelError(
             f"{checkpoint / STATE} is damaged ({type(error).__name__}: {error}); continue from another checkpoint with "
             "--resume"
         ) from None
-    return SavedRun(state, signature, load_config(checkpoint / CONFIG))
+    return SavedRun(state, config=load_config(checkpoint / CONFIG), files=files, **parts)
 
 
-class CheckpointStore:
-    """The checkpoints of a run.
+def require_whole(checkpoint: Path, saved: SavedRun, *, contents: bool) -> None:
+    """Compare the files of a checkpoint with what it says of them.
 
     Args:
-        folder: where they lie.
-        world: this process's place; all ranks call every method together.
-        keep_last: number of newest checkpoints to keep, besides the best one.
-        signature: what a run that continues from a checkpoint must agree in besides the configuration.
-        config_text: the run's configuration as YAML.
+        checkpoint: its folder.
+        saved: what `read_checkpoint` returned.
+        contents: read and compare all bytes, too, which takes about a second a GB; else sizes alone.
+
+    Raises:
+        CelError: a file is missing or another; the first one is named.
     """
-
-    def __init__(self, folder: Path, world: World, keep_last: int, signature: dict[str, Any], config_text: str) -> None:
-        self._folder = folder
-        self._world = world
-        self._keep_last = keep_last
-        self._signature = signature
-        self._config_text = config_text
-
-    def save(self, engine: Engine, model: SpeakerModel, state: TrainState) -> Path:
-        """Write the checkpoint of `state.step` and remove those that are no longer to be kept.
-
-        Raises:
-            RunError: it cannot be written, on any of the ranks. All ranks raise; what was there before stays.
-        """
-        final = self._path(state)
-        temporary = self._folder / f".writing-{final.name}"
+    for name, (size, digest) in saved.files.items():
+        path = checkpoint / name
         try:
-            with self._writing(final):
-                if self._world.is_main:
-                    shutil.rmtree(temporary, ignore_errors=True)
-                    temporary.mkdir(parents=True)
-            with self._writing(final):
-                engine.save(temporary)
-            with self._writing(final):
-                if self._world.is_main:
-                    self._complete(temporary, final, model, state)
-                    self._prune(state)
-        except (CelError, RunError):
-            if self._world.is_main:
-                shutil.rmtree(temporary, ignore_errors=True)
-            raise
-        return final
-
-    def update(self, state: TrainState) -> None:
-        """Note in the checkpoint of `state.step` what an evaluation added to the state. Raises as `save`."""
-        final = self._path(state)
-        with self._writing(final):
-            if self._world.is_main:
-                with atomic_write(final / STATE) as file:
-                    file.write(self._record(state))
-                self._prune(state)
-
-    def last(self) -> Path | None:
-        """The newest complete checkpoint."""
-        complete = complete_checkpoints(self._folder)
-        return complete[-1] if complete else None
-
-    def retire_after(self, step: int) -> None:
-        """Take the checkpoints behind `step`, from where the run goes on in another way, out of the row, and remove
-        what a killed run left half-written. Raises as `save`."""
-        with self._writing(self._folder):
-            if not self._world.is_main:
-                return
-            for unfinished in self._folder.glob(".writing-*"):
-                shutil.rmtree(unfinished)
-            for path in complete_checkpoints(self._folder):
-                if path.name > f"step-{step:08d}":
-                    retired = path.with_name(f"retired-{path.name}")
-                    shutil.rmtree(retired, ignore_errors=True)
-                    os.replace(path, retired)
-                    logger.info("%s lies behind step %d, where the run goes on: now %s", path, step, retired.name)
-
-    def _path(self, state: TrainState) -> Path:
-        return self._folder / f"step-{state.step:08d}"
-
-    def _record(self, state: TrainState) -> bytes:
-        return json.dumps({"state": asdict(state), "signature": self._signature}, indent=2).encode()
-
-    def _complete(self, temporary: Path, final: Path, model: SpeakerModel, state: TrainState) -> None:
-        model.save(temporary / "model")
-        (temporary / CONFIG).write_text(self._config_text, encoding="utf-8")
-        (temporary / STATE).write_bytes(self._record(state))
-        for path in [*temporary.rglob("*"), temporary]:
-            sync(path)
-        if final.exists():
-            shutil.rmtree(final)
-        os.replace(temporary, final)
-        sync(self._folder)
-
-    def _prune(self, state: TrainState) -> None:
-        for path in complete_checkpoints(self._folder)[: -self._keep_last]:
-            if path.name != f"step-{state.best_step or 0:08d}":
-                # The marker goes first: a removal that is cut short must not leave something that looks complete.
-                (path / STATE).unlink()
-                shutil.rmtree(path)
-
-    @contextmanager
-    def _writing(self, target: Path) -> Iterator[None]:
-        with raised_together(self._world):
-            try:
-                yield
-            # torch reports a full disk as a RuntimeError, `SpeakerModel.save` as a RunError.
-            except (OSError, RuntimeError, RunError) as error:
-                reason = " ".join(str(error).split())[:200]
-                raise RunError(
-                    f"checkpoint {target} cannot be written: {reason}; earlier ones are untouched, make room and run "
-                    "the same command again"
-                ) from error
+            found = path.stat().st_size
+            is_same = found == size and (not contents or sha256_of(path) == digest)
+        except OSError:
+            raise CelError(f"checkpoint {checkpoint} is damaged: {name} is missing or cannot be read") from None
+        if not is_same:
+            what = f"has {found} bytes instead of {size}" if found != size else "has other bytes than were written"
+            raise CelError(f"checkpoint {checkpoint} is damaged: {name} {what}")

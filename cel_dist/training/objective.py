@@ -1,6 +1,7 @@
 """Encoder and loss as one module, so that one engine owns all parameters and the loss sees them whole (ZeRO-3), as the
 configuration says, and the encoder that a run begins with."""
 
+import math
 from typing import Any, Literal
 
 import torch
@@ -12,6 +13,7 @@ from cel_dist.description import EncoderDescription
 from cel_dist.encoders import build_encoder
 from cel_dist.encoders.batch_norm import with_global_batch_norm
 from cel_dist.losses import EquilibriumLoss, LossOutput
+from cel_dist.losses.batch import EmbeddingsError
 from cel_dist.model import load_model, load_weights
 
 
@@ -26,6 +28,9 @@ class Objective(nn.Module):
         loss: the equilibrium loss over all ranks.
         views: `separate` passes the views one by one, so that batch norm normalises each by its own statistics, as in
             the published implementation; `joint` passes them together.
+
+    Attributes:
+        problem: why the loss of the last batch is not a number, where its embeddings were of no use; else None.
     """
 
     def __init__(self, encoder: nn.Module, loss: EquilibriumLoss, views: Literal["separate", "joint"]) -> None:
@@ -33,6 +38,7 @@ class Objective(nn.Module):
         self.encoder = encoder
         self.loss = loss
         self._joint = views == "joint"
+        self.problem: str | None = None
 
     def forward(self, step: Literal["whole", "embed", "compare", "pull"], *inputs: Any) -> Any:
         """One step of the objective.
@@ -62,7 +68,16 @@ class Objective(nn.Module):
         return torch.stack([self.encoder(features[:, view]) for view in range(num_views)], dim=1)
 
     def _compare(self, embeddings: Tensor, ids: Tensor | None) -> LossOutput:
-        output: LossOutput = self.loss(embeddings, ids)
+        self.problem = None
+        try:
+            output: LossOutput = self.loss(embeddings, ids)
+        except EmbeddingsError as error:
+            # On all ranks alike. Left alone, it would leave the engine's hooks in the middle of a pass; a loss that is
+            # not a number takes the way of any other, up to where the step is skipped.
+            self.problem = str(error)
+            parameters = (parameter.sum() for parameter in self.loss.parameters())
+            loss = math.nan * sum(parameters, start=embeddings.sum())
+            return LossOutput(loss, *(loss.detach() for _ in LossOutput._fields[1:]))
         return output
 
 

@@ -13,7 +13,7 @@ from typing import Any
 from cel_dist.config import Config
 from cel_dist.description import DESCRIPTION_FILE, read_description
 from cel_dist.errors import CelError
-from cel_dist.training.checkpoint import SavedRun, TrainState, complete_checkpoints, read_checkpoint
+from cel_dist.training.checkpoint import SavedRun, TrainState, complete_checkpoints, read_checkpoint, require_whole
 from cel_dist.training.result import TrainResult
 from cel_dist.training.schedule import num_steps
 
@@ -30,17 +30,19 @@ _FREE = (
     "data.prefetch_mib",
     "data.verify",
     "data.workers",
+    "engine",
     "eval",
     "loss.exchange",
     "run",
     "tracking",
     "train.epochs",
     "train.log_every",
+    "train.max_skipped_steps",
     "train.max_steps",
     "train.threads",
 )
 # Without these a checkpoint cannot be read, or its position means nothing, in whatever run.
-_FIXED = ("encoder.name", "encoder.embedding_dim", "engine.zero_stage", "loss.similarity", "train.batch_size")
+_FIXED = ("encoder.name", "encoder.embedding_dim", "loss.similarity", "train.batch_size")
 
 
 @dataclass(frozen=True)
@@ -50,25 +52,28 @@ class Start:
     Attributes:
         state: position.
         checkpoint: what to load; None begins with the initial encoder.
+        saved: what it says of itself.
+        is_own: whether it is one of this run.
         result: outcome of a run that has already reached its end, else None.
         remarks: what a user should know about the continuation.
     """
 
     state: TrainState = field(default_factory=TrainState)
     checkpoint: Path | None = None
+    saved: SavedRun | None = None
+    is_own: bool = False
     result: TrainResult | None = None
     remarks: tuple[str, ...] = ()
 
 
-def signature(config: Config, *, steps_per_epoch: int, num_ranks: int | None) -> dict[str, Any]:
-    """What a checkpoint depends on besides the configuration. Without `num_ranks` it is not known, and left out."""
-    values: dict[str, Any] = {"steps per epoch": steps_per_epoch}
-    if config.engine.zero_stage > 0 and num_ranks is not None:
-        values["number of ranks"] = num_ranks
-    return values
+def signature(*, steps_per_epoch: int) -> dict[str, Any]:
+    """What a checkpoint depends on besides the configuration."""
+    return {"steps per epoch": steps_per_epoch}
 
 
-def find_start(config: Config, *, steps_per_epoch: int, num_ranks: int | None, resume: str) -> Start:
+def find_start(
+    config: Config, *, steps_per_epoch: int, num_ranks: int | None, resume: str, contents: bool = False
+) -> Start:
     """Decide where the run begins; changes nothing.
 
     Args:
@@ -76,9 +81,10 @@ def find_start(config: Config, *, steps_per_epoch: int, num_ranks: int | None, r
         steps_per_epoch: of its data.
         num_ranks: processes of the run; None if that is not known yet.
         resume: as in `cel_dist.training.trainer.train`.
+        contents: compare all bytes of a checkpoint with their checksums, and not the sizes of its files alone.
 
     Raises:
-        CelError: the checkpoint is incomplete or does not fit the run, or the run folder holds another run.
+        CelError: the checkpoint is incomplete, damaged, or does not fit the run, or the run folder holds another run.
     """
     own = config.run.dir / "checkpoints"
     complete = complete_checkpoints(own)
@@ -89,19 +95,23 @@ def find_start(config: Config, *, steps_per_epoch: int, num_ranks: int | None, r
         )
     if resume == "none" or (resume == "auto" and not complete):
         return Start()
-    checkpoint = complete[-1] if resume == "auto" else Path(resume)
-    saved = read_checkpoint(checkpoint)
+    if resume == "auto":
+        checkpoint, saved, remarks = _newest_whole(complete, contents=contents)
+    else:
+        checkpoint, remarks = Path(resume), []
+        saved = _read_whole(checkpoint, contents=contents)
     is_own = checkpoint.resolve() in [path.resolve() for path in complete]
     if complete and not is_own:
         raise CelError(
             f"{config.run.dir} already holds a run (up to {complete[-1].name}), which cannot go on from {checkpoint}; "
             "choose another run.dir, or continue it with --resume auto"
         )
-    wanted = signature(config, steps_per_epoch=steps_per_epoch, num_ranks=num_ranks)
+    wanted = signature(steps_per_epoch=steps_per_epoch)
     changed = _changed_settings(saved.config, config)
     changed |= {key: (saved.signature.get(key), value) for key, value in wanted.items()}
     changed = {key: (former, now) for key, (former, now) in changed.items() if former != now}
-    remarks = _require_same_experiment(checkpoint, changed, list(wanted), is_own=is_own)
+    remarks += _require_same_experiment(checkpoint, changed, list(wanted), is_own=is_own)
+    remarks += _other_world(saved, config, num_ranks)
     total, former_total = num_steps(config, steps_per_epoch), num_steps(saved.config, steps_per_epoch)
     if config.optim.schedule == "cosine" and total != former_total:
         remarks.append(
@@ -112,7 +122,40 @@ def find_start(config: Config, *, steps_per_epoch: int, num_ranks: int | None, r
     result = TrainResult.read(config.run.dir) if is_own and checkpoint == complete[-1] else None
     if result and not (result.steps == saved.state.step >= total):
         result = None
-    return Start(state, checkpoint, result, tuple(remarks))
+    return Start(state, checkpoint, saved, is_own, result, tuple(remarks))
+
+
+def _read_whole(checkpoint: Path, *, contents: bool) -> SavedRun:
+    saved = read_checkpoint(checkpoint)
+    require_whole(checkpoint, saved, contents=contents)
+    return saved
+
+
+def _newest_whole(complete: list[Path], *, contents: bool) -> tuple[Path, SavedRun, list[str]]:
+    """The newest checkpoint that is as it was written, and a remark for each one that is not."""
+    remarks: list[str] = []
+    for checkpoint in reversed(complete):
+        try:
+            return checkpoint, _read_whole(checkpoint, contents=contents), remarks
+        except CelError as error:
+            remarks.append(f"{error}; going on from the checkpoint before it")
+            damage = error
+    raise CelError(
+        f"{damage}; no checkpoint before it is whole either: remove {complete[0].parent} to start anew, or restore one"
+    )
+
+
+def _other_world(saved: SavedRun, config: Config, num_ranks: int | None) -> list[str]:
+    """A remark where other ranks or another stage go on."""
+    before = saved.num_ranks, saved.config.engine.zero_stage
+    now = saved.num_ranks if num_ranks is None else num_ranks, config.engine.zero_stage
+    if before == now:
+        return []
+    (former_ranks, former_stage), (ranks, stage) = before, now
+    return [
+        f"the checkpoint was written by {former_ranks} ranks under ZeRO {former_stage}; {ranks} ranks under ZeRO {stage} "
+        "go on from it: the same parameters and optimizer, sums in another order"
+    ]
 
 
 def _require_same_experiment(

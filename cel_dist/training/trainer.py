@@ -1,39 +1,41 @@
 """The training loop."""
 
 import logging
-import math
 import os
+import shutil
 import time
 import traceback
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from importlib.metadata import version
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from cel_dist.config import Config
 from cel_dist.config_file import dump_config
 from cel_dist.data.files import atomic_write, sole_writer
-from cel_dist.description import EncoderDescription, ModelDescription, Provenance
 from cel_dist.distributed import World
 from cel_dist.engine import Engine, start_process_group, stop_process_group
-from cel_dist.errors import CelError, RunError
-from cel_dist.evaluation import Evaluation, evaluate
+from cel_dist.engine_checkpoint import write_universal
+from cel_dist.errors import CelError, PreemptedError, RunError
 from cel_dist.evaluation.embed import raised_together
-from cel_dist.model import SpeakerModel
 from cel_dist.tracking import Tracker
+from cel_dist.training.agreement import SKIPPED, Agreement, agree, describe_batch, record_skipped
 from cel_dist.training.batches import Batches, TrainBatch
-from cel_dist.training.checkpoint import CheckpointStore
+from cel_dist.training.checkpoint import RANDOM, SavedRun
+from cel_dist.training.checkpoint_store import CheckpointStore
+from cel_dist.training.memory import advice_on_memory
 from cel_dist.training.objective import initial_encoder, new_encoder, new_objective
 from cel_dist.training.preflight import Checked, preflight
+from cel_dist.training.random_state import restore_random_state, seed_all
 from cel_dist.training.records import Interval, Records, writing
 from cel_dist.training.result import TrainResult
 from cel_dist.training.schedule import learning_rate, num_steps
 from cel_dist.training.start import Start, find_start, signature
+from cel_dist.training.stopping import StopRequest, stop_requests
+from cel_dist.training.validation import VERSIONS, Validation
 
 __all__ = ["TrainResult", "Trainer", "initial_encoder", "train"]
 
@@ -55,6 +57,7 @@ def train(config: Config, resume: str = "auto") -> TrainResult:
     Raises:
         CelError: configuration, data, checkpoint and world do not fit each other.
         RunError: something failed on the way, or another process writes the run folder.
+        PreemptedError: the process was asked to end (SIGTERM, SIGUSR1); a checkpoint was written.
     """
     world = World.from_environment()
     checked = preflight(config, world.size, resume)
@@ -64,8 +67,8 @@ def train(config: Config, resume: str = "auto") -> TrainResult:
     torch.set_num_threads(config.train.threads or max(1, _num_cores() // world.local_size))
     device = start_process_group(world)
     try:
-        with _sole_run(config.run.dir, world):
-            return Trainer(config, world, device, resume, checked).train()
+        with _sole_run(config.run.dir, world), stop_requests() as request, advice_on_memory(config, world):
+            return Trainer(config, world, device, resume, checked, request).train()
     except (CelError, RunError) as error:
         # Frames in the traceback hold the engine, and with it the process group that is to end.
         traceback.clear_frames(error.__traceback__)
@@ -93,33 +96,36 @@ def _num_cores() -> int:
 class Trainer:
     """One rank's part of a run: everything is built here, then `train` runs the loop."""
 
-    def __init__(self, config: Config, world: World, device: torch.device, resume: str, checked: Checked) -> None:
-        self.config, self.world, self.device = config, world, device
+    def __init__(
+        self, config: Config, world: World, device: torch.device, resume: str, checked: Checked, request: StopRequest
+    ) -> None:
+        self.config, self.world, self.device, self.request = config, world, device, request
         self.run_dir = config.run.dir
         self.config_text = dump_config(config)
         self.plan = checked.plan
         self.batches = Batches(config, checked, world, device)
+        start = self._agreed_start(resume)
         with raised_together(world):
-            # Again, because another run may have written into the folder before this one held it.
-            start = find_start(config, steps_per_epoch=self.plan.steps_per_epoch, num_ranks=world.size, resume=resume)
             encoder = initial_encoder(config) if start.checkpoint is None else new_encoder(config)
         objective = new_objective(config, encoder, torch.distributed.group.WORLD, device.type == "cuda")
         self.engine = Engine(objective, config, world, device)
-        self.evaluated = new_encoder(config).to(device)
+        self.validation = Validation(config, world, device, self.plan.steps_per_epoch)
 
         self.total_steps = num_steps(config, self.plan.steps_per_epoch)
         self.state = start.state
+        self.interval = Interval()
         self.checkpoints = CheckpointStore(
             self.run_dir / "checkpoints",
             world,
-            config.checkpoint.keep_last,
-            signature(config, steps_per_epoch=self.plan.steps_per_epoch, num_ranks=world.size),
-            self.config_text,
+            device,
+            keep_last=config.checkpoint.keep_last,
+            config_text=self.config_text,
+            newest=start.saved if start.is_own else None,
         )
-        if start.checkpoint is not None:
-            self.engine.load(start.checkpoint)
-            self.batches.seek(self.state.step)
         self.checkpoints.retire_after(self.state.step)
+        seed_all(config.train.seed, world.rank)
+        if start.checkpoint is not None and start.saved is not None:
+            self._load(start.checkpoint, start.saved, is_own=start.is_own)
         self.records: Records | None = None
         self.tracker: Tracker | None = None
         with raised_together(world):
@@ -135,96 +141,146 @@ class Trainer:
         try:
             if self._is_evaluation_missing():
                 self._validate()
-                if self.state.step > 0:
-                    self._save_checkpoint()
-            interval = Interval()
             while self.state.step < self.total_steps:
                 step_begin = time.perf_counter()
-                self.train_step(interval)
+                is_stopping = self.train_step()
                 step_seconds += time.perf_counter() - step_begin
                 if self.state.step % self.config.train.log_every == 0 or self.state.step == self.total_steps:
-                    self._record_interval(interval)
-                    interval = Interval()
+                    self._record_interval()
                 # The checkpoint comes first: a validation that fails must not cost what was trained.
-                if is_saved := self._is_checkpoint_due():
+                if self._is_checkpoint_due() or is_stopping:
                     self._save_checkpoint()
+                if is_stopping and self.state.step < self.total_steps:
+                    self._leave()
                 if self._is_evaluation_due():
-                    improved = self._validate()
-                    if is_saved:
-                        self.checkpoints.update(self.state)
-                    elif improved:
-                        self._save_checkpoint()
+                    self._validate()
             trained = (self.state.step - first_step) * self.config.train.batch_size
             speed = trained / step_seconds if trained else None
+            self.checkpoints.settle()
             result = self._finish(time.perf_counter() - begin, speed)
             status = "FINISHED"
             return result
-        except KeyboardInterrupt:
+        except (KeyboardInterrupt, PreemptedError):
             status = "KILLED"
             raise
         finally:
             self.batches.close()
+            self.checkpoints.close()
             if self.tracker:
                 self.tracker.finish(status)
 
-    def train_step(self, interval: Interval) -> None:
-        """Fetch and augment, forward and backward, check, update."""
+    def train_step(self) -> bool:
+        """Fetch and augment, forward and backward, agree, update; returns whether the run is to end here."""
         with raised_together(self.world):
             batch = next(self.batches)
-        try:
-            output = self.engine.forward_backward(batch.features, batch.ids)
-        except CelError as error:
-            # Embeddings of no use, on any rank; all ranks hear of them alike.
-            raise self._stopped(batch, str(error)) from None
+        output = self.engine.forward_backward(batch.features, batch.ids)
         gradient_norm = self.engine.gradient_norm()
-        num_faults = self._check_finite(output.loss, gradient_norm, batch)
-        self.engine.step(
-            learning_rate(
-                self.config.optim,
-                step=self.state.step,
-                steps_per_epoch=self.plan.steps_per_epoch,
-                total_steps=self.total_steps,
-            )
+        agreed = agree(
+            output.loss,
+            gradient_norm,
+            num_faults=batch.num_faults,
+            is_stopping=self.request.name is not None,
+            world=self.world,
         )
+        if not agreed.is_finite:
+            self._skip(batch, agreed)
+            return agreed.num_stopping > 0
+        self.engine.step(self._learning_rate())
         self.state.step += 1
-        interval.add(
+        self.state.skipped_in_a_row = 0
+        self.interval.add(
             output,
             gradient_norm,
             utterances=self.config.train.batch_size,
             waited=batch.waited,
-            faults=num_faults,
+            faults=agreed.num_faults,
             false_negatives=batch.false_negatives,
         )
+        return agreed.num_stopping > 0
 
-    def _check_finite(self, loss: Tensor, gradient_norm: Tensor, batch: TrainBatch) -> int:
-        """Stop all ranks, before the optimizer is touched, if the loss or the gradient of one of them is not finite.
+    def _skip(self, batch: TrainBatch, agreed: Agreement) -> None:
+        """Leave a batch out whose loss or gradient is not finite, the same on all ranks.
 
-        Returns:
-            The utterances of the global batch that could not be read.
+        Raises:
+            RunError: too many of them in a row.
         """
-        values = torch.stack(
-            [loss.detach().double(), gradient_norm.double(), loss.new_tensor(batch.num_faults).double()]
-        )
-        # A sum is finite only where every term is.
-        torch.distributed.all_reduce(values)
-        sum_of_losses, sum_of_norms, num_faults = values.tolist()
-        mean_loss, mean_norm = sum_of_losses / self.world.size, sum_of_norms / self.world.size
-        if math.isfinite(mean_loss) and math.isfinite(mean_norm):
-            return int(num_faults)
-        raise self._stopped(batch, f"loss {mean_loss}, gradient norm {mean_norm}")
-
-    def _stopped(self, batch: TrainBatch, reason: str) -> RunError:
+        self.engine.discard()
+        reason = self.engine.problem or f"loss {agreed.loss}, gradient norm {agreed.gradient_norm}"
+        described = describe_batch(batch, self.world)
+        self.state.step += 1
+        self.state.skipped += 1
+        self.state.skipped_in_a_row += 1
+        step = self.state.step
+        with raised_together(self.world):
+            if self.world.is_main:
+                with writing(self.run_dir):
+                    record_skipped(self.run_dir, step=step, epoch=batch.epoch, reason=reason, batch=described)
+                logger.warning("step %d (epoch %d) is skipped: %s", step, batch.epoch, reason)
+        if self.state.skipped_in_a_row <= self.config.train.max_skipped_steps:
+            return
+        self.checkpoints.settle()
         last = self.checkpoints.last()
         advice = (
             f"the last good state is {last}; go on from it in another run.dir, with --resume {last} and"
             if last
             else "no checkpoint was written yet; start again with"
         )
-        return RunError(
-            f"step {self.state.step + 1} (epoch {batch.epoch}): {reason}; nothing was updated and {advice} a lower "
-            "optim.lr, optim.clip_norm, or train.precision=fp32",
+        raise RunError(
+            f"step {step} (epoch {batch.epoch}): {reason}; the last {self.state.skipped_in_a_row} batches were "
+            f"skipped, their samples are in {self.run_dir / SKIPPED}, and {advice} a lower optim.lr, optim.clip_norm, "
+            "or train.precision=fp32",
             said_by=0,
         )
+
+    def _leave(self) -> None:
+        """End the run as a scheduler asked for, when the checkpoint is on disk."""
+        self.checkpoints.settle()
+        name = self.request.name or "a request to another rank"
+        raise PreemptedError(
+            f"ended by {name} after step {self.state.step} of {self.total_steps}; the checkpoint is written, the same "
+            "command goes on from it",
+            said_by=0,
+        )
+
+    def _agreed_start(self, resume: str) -> Start:
+        """Where the run begins, as rank 0 finds it, now that it holds the run folder."""
+        found: list[Start | None] = [None]
+        with raised_together(self.world):
+            if self.world.is_main:
+                found[0] = find_start(
+                    self.config,
+                    steps_per_epoch=self.plan.steps_per_epoch,
+                    num_ranks=self.world.size,
+                    resume=resume,
+                    contents=True,
+                )
+        if self.world.size > 1:
+            torch.distributed.broadcast_object_list(found, src=0)
+        assert found[0] is not None
+        return found[0]
+
+    def _load(self, checkpoint: Path, saved: SavedRun, *, is_own: bool) -> None:
+        former_stage, stage = saved.config.engine.zero_stage, self.config.engine.zero_stage
+        is_same_world = saved.num_ranks == self.world.size
+        if former_stage == stage and (is_same_world or stage == 0):
+            self.engine.load(checkpoint)
+        else:
+            folder = self.run_dir / "checkpoints" / f".universal-{checkpoint.name}"
+            with raised_together(self.world):
+                if self.world.is_main:
+                    write_universal(checkpoint, folder, stage=former_stage)
+            self.engine.load_universal(folder)
+            with raised_together(self.world):
+                # All have read it when all are here.
+                pass
+            if self.world.is_main:
+                shutil.rmtree(folder)
+        self.batches.load_state_dict(saved.stream)
+        random_file = checkpoint / RANDOM / f"rank-{self.world.rank:05d}.pt"
+        if is_same_world:
+            restore_random_state(torch.load(random_file, weights_only=True), self.device)
+        if is_own:
+            self.interval.load_state_dict(saved.interval)
 
     def _is_evaluation_due(self) -> bool:
         epoch_ends = self.state.step % (self.config.eval.every_epochs * self.plan.steps_per_epoch) == 0
@@ -232,7 +288,9 @@ class Trainer:
         return epoch_ends or self.state.step >= self.total_steps
 
     def _is_checkpoint_due(self) -> bool:
-        return self.state.step % self.config.checkpoint.every_steps == 0 or self.state.step == self.total_steps
+        is_evaluated = self.config.eval.trials is not None and self._is_evaluation_due()
+        is_last = self.state.step >= self.total_steps
+        return self.state.step % self.config.checkpoint.every_steps == 0 or is_evaluated or is_last
 
     def _is_evaluation_missing(self) -> bool:
         """Whether the step that the run begins with was still to be evaluated."""
@@ -240,63 +298,47 @@ class Trainer:
             return self.config.eval.at_start and self.config.eval.trials is not None
         return self._is_evaluation_due() and self.state.evaluated_step != self.state.step
 
-    def _validate(self) -> bool:
-        """Evaluate on the validation list; returns whether this is the best model so far.
-
-        Without a list the last model is the best, and nothing is measured.
-        """
-        if self.config.eval.trials is None or self.config.eval.root is None:
-            if self.state.step >= self.total_steps:
-                self._save_best(self._model(), None)
-            return False
-        model = self._model()
-        result = evaluate(model, self.config.eval.trials, self.config.eval.root, world=self.world)
-        self.state.evaluated_step = self.state.step
-        if self.state.step == 0:
-            self.state.first_eer = result.eer
-        is_best = self.state.best_eer is None or result.eer < self.state.best_eer
-        if is_best:
-            self.state.best_eer, self.state.best_step = result.eer, self.state.step
-            self._save_best(model, result)
+    def _validate(self) -> None:
+        if self.config.eval.trials is None and self.state.step < self.total_steps:
+            return
+        result = self.validation.evaluate(self.engine, self.state)
+        if result is None:
+            return
         with raised_together(self.world):
             if self.records:
                 self.records.write_evaluation(
                     step=self.state.step, epoch=self._epoch(), eer=result.eer, min_dcf=result.min_dcf["0.05"]
                 )
-        return is_best and self.state.step > 0
-
-    def _save_best(self, model: SpeakerModel, result: Evaluation | None) -> None:
-        with raised_together(self.world):
-            if not self.world.is_main:
-                return
-            if result is not None:
-                result.write_scores(self.run_dir / "evaluation")
-                model = model.calibrate(result.threshold, result.calibration)
-                model.description.training.metrics = {"eer": result.eer, "min_dcf": result.min_dcf["0.05"]}
-            model.save(self.run_dir / "model")
+        self.checkpoints.update(self.state)
 
     def _save_checkpoint(self) -> None:
-        self.checkpoints.save(self.engine, self._model(), self.state)
-
-    def _model(self) -> SpeakerModel:
-        """A plain copy of the encoder as it is now, on every rank."""
-        self.evaluated.load_state_dict(self.engine.encoder_state())
-        description = ModelDescription(
-            encoder=EncoderDescription(name=self.config.encoder.name, embedding_dim=self.config.encoder.embedding_dim),
-            training=Provenance(
-                config=self.config.model_dump(mode="json"),
-                step=self.state.step,
-                epoch=self.state.step / self.plan.steps_per_epoch,
-                utterances=self.state.step * self.config.train.batch_size,
-                versions={name: version(name) for name in ("cel_dist", "torch", "deepspeed")},
-            ),
+        saved = SavedRun(
+            state=self.state,
+            stream=self.batches.state_dict(),
+            interval=self.interval.state_dict(),
+            signature=signature(steps_per_epoch=self.plan.steps_per_epoch),
+            num_ranks=self.world.size,
+            versions=VERSIONS,
+            config=self.config,
         )
-        return SpeakerModel(self.evaluated, description)
+        self.checkpoints.save(self.engine, self.validation.model(self.engine, self.state.step), saved)
+
+    def _learning_rate(self) -> float:
+        """Of the batch that comes next."""
+        return learning_rate(
+            self.config.optim,
+            step=self.state.step,
+            steps_per_epoch=self.plan.steps_per_epoch,
+            total_steps=self.total_steps,
+        )
 
     def _epoch(self) -> int:
         return self.state.step // self.plan.steps_per_epoch
 
-    def _record_interval(self, interval: Interval) -> None:
+    def _record_interval(self) -> None:
+        interval, self.interval = self.interval, Interval()
+        if interval.is_empty:
+            return
         scalars = self.engine.loss_scalars()
         rate = learning_rate(
             self.config.optim,
@@ -306,7 +348,7 @@ class Trainer:
         )
         with raised_together(self.world):
             if self.records:
-                values = {**interval.summary(), **scalars, "lr": rate}
+                values = {**interval.summary(), **scalars, "lr": rate, "skipped": self.state.skipped}
                 if self.batches.false_negatives.expected is not None:
                     values["false_negatives_expected"] = self.batches.false_negatives.expected
                 self.records.write_interval(step=self.state.step, epoch=self._epoch(), values=values)

@@ -1,0 +1,72 @@
+"""What all ranks must know of a step before they update anything, in one collective, and what they do about a step that
+cannot be taken."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from cel_dist.distributed import World
+from cel_dist.training.batches import TrainBatch
+
+SKIPPED = "skipped.jsonl"
+
+
+class Agreement(NamedTuple):
+    """The same on all ranks.
+
+    Attributes:
+        loss: of the global batch; its mean over the ranks.
+        gradient_norm: likewise.
+        num_faults: utterances of the global batch that could not be read.
+        num_stopping: ranks that were asked to end.
+    """
+
+    loss: float
+    gradient_norm: float
+    num_faults: int
+    num_stopping: int
+
+    @property
+    def is_finite(self) -> bool:
+        """Whether the step can be taken."""
+        return math.isfinite(self.loss) and math.isfinite(self.gradient_norm)
+
+
+def agree(loss: Tensor, gradient_norm: Tensor, *, num_faults: int, is_stopping: bool, world: World) -> Agreement:
+    """Tell the other ranks how a step went, and hear it from them. A sum is finite only where every term is."""
+    values = torch.stack(
+        [
+            loss.detach().double(),
+            gradient_norm.double(),
+            *loss.new_tensor([num_faults, is_stopping], dtype=torch.float64),
+        ]
+    )
+    dist.all_reduce(values)
+    sum_of_losses, sum_of_norms, total_faults, num_stopping = values.tolist()
+    return Agreement(sum_of_losses / world.size, sum_of_norms / world.size, int(total_faults), int(num_stopping))
+
+
+def describe_batch(batch: TrainBatch, world: World) -> dict[str, Any]:
+    """What tells the utterances of a global batch; all ranks call this.
+
+    Returns:
+        `ids` of the samples of all ranks, in the order of their rows, and of them `not_finite`, those whose features
+        are not: the loss of the others is not finite through no fault of their audio.
+    """
+    is_finite = batch.features.flatten(1).isfinite().all(dim=1)
+    own = batch.ids.tolist(), batch.ids[~is_finite].tolist()
+    parts: list[Any] = [own] * world.size
+    dist.all_gather_object(parts, own)
+    return {"ids": sum((part[0] for part in parts), []), "not_finite": sum((part[1] for part in parts), [])}
+
+
+def record_skipped(run_dir: Path, *, step: int, epoch: int, reason: str, batch: dict[str, Any]) -> None:
+    """Add a line to `skipped.jsonl`: step, epoch, reason, and what `describe_batch` says. Raises OSError."""
+    record = {"step": step, "epoch": epoch, "reason": reason, **batch}
+    with (run_dir / SKIPPED).open("a", encoding="utf-8") as file:
+        file.write(json.dumps(record) + "\n")

@@ -1,0 +1,290 @@
+"""Writing the checkpoints of a run while it goes on.
+
+Saving copies what the checkpoint needs to the CPU, and a thread of every rank writes its part:
+
+    all ranks    copy -> train on
+    threads      files of the rank, fsync, SHA-256 -> tell rank 0
+    rank 0       model, configuration; all parts there? state.json, fsync, rename, remove old ones
+                 a part failed? remove the folder, warn; the checkpoints before it are as they were
+
+Everything is written below a hidden name, and appears under its own when it is whole.
+"""
+
+import copy
+import json
+import logging
+import os
+import shutil
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from cel_dist.data.files import atomic_write, sha256_of, sync
+from cel_dist.distributed import World
+from cel_dist.engine import Engine
+from cel_dist.engine_checkpoint import FOLDER
+from cel_dist.errors import CelError, RunError
+from cel_dist.evaluation.embed import raised_together
+from cel_dist.model import SpeakerModel
+from cel_dist.training.checkpoint import (
+    CONFIG,
+    MODEL,
+    RANDOM,
+    STATE,
+    SavedRun,
+    TrainState,
+    complete_checkpoints,
+    folder_name,
+)
+from cel_dist.training.random_state import random_state
+
+logger = logging.getLogger(__name__)
+
+Files = dict[str, tuple[int, str]]
+# A rank that is gone does not tell that its part is there. When the run ends, the others have this long.
+_PATIENCE = timedelta(seconds=10)
+_MOMENT = timedelta(seconds=1)
+
+
+class CheckpointStore:
+    """The checkpoints of a run.
+
+    All ranks call `save`, `settle` and `retire_after` together.
+
+    Args:
+        folder: where they lie.
+        world: this process's place.
+        device: of this rank; its random generator is saved.
+        keep_last: number of newest checkpoints to keep, besides the best one.
+        config_text: the run's configuration as YAML.
+        newest: what the checkpoint of this folder says that the run goes on from, if there is one.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        world: World,
+        device: torch.device,
+        *,
+        keep_last: int,
+        config_text: str,
+        newest: SavedRun | None = None,
+    ) -> None:
+        self._folder = folder
+        self._world = world
+        self._device = device
+        self._keep_last = keep_last
+        self._config_text = config_text
+        # A connection of its own: one that waits holds up all who share it.
+        self._told = dist.PrefixStore("checkpoint", _default_store().clone()) if world.size > 1 else None
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
+        self._closing = threading.Event()
+        self._pending: list[Future[None]] = []
+        self._number = 0
+        self._saved = newest
+        self._failure: RunError | None = None
+
+    def save(self, engine: Engine, model: SpeakerModel, saved: SavedRun) -> None:
+        """Copy the checkpoint of `saved.state.step`, and have it written while training goes on.
+
+        One copy is held at a time, so this waits for the checkpoint before. One that cannot be written is warned of in
+        the log, and costs nothing but itself; `settle` raises where the newest is such.
+
+        Args:
+            engine: what trains.
+            model: the encoder as it is now; rank 0's is written.
+            saved: what the checkpoint says of the run.
+        """
+        self._wait()
+        self._number += 1
+        content = {f"{FOLDER}/{name}": value for name, value in engine.snapshot().items()}
+        content[f"{RANDOM}/rank-{self._world.rank:05d}.pt"] = random_state(self._device)
+        saved = replace(saved, state=replace(saved.state))
+        if self._world.is_main:
+            model = SpeakerModel(copy.deepcopy(model.encoder).cpu(), model.description)
+            self._begin(self._write_all, self._number, content, model, saved)
+        else:
+            self._begin(self._write_for_main, self._number, content, self._temporary(saved.state.step))
+
+    def update(self, state: TrainState) -> None:
+        """Note in the newest checkpoint, that of `state.step`, what an evaluation added to the state."""
+        if self._world.is_main:
+            self._begin(self._note, replace(state))
+
+    def settle(self) -> None:
+        """Wait until the newest checkpoint is on disk.
+
+        Raises:
+            RunError: it could not be written. All ranks raise.
+        """
+        with raised_together(self._world):
+            self._wait()
+            if self._failure is not None:
+                raise self._failure
+
+    def close(self) -> None:
+        """Let what is being written come to its end; parts of ranks that are gone are not waited for."""
+        self._closing.set()
+        self._thread.shutdown()
+
+    def last(self) -> Path | None:
+        """The newest complete checkpoint."""
+        complete = complete_checkpoints(self._folder)
+        return complete[-1] if complete else None
+
+    def retire_after(self, step: int) -> None:
+        """Take the checkpoints behind `step`, from where the run goes on in another way, out of the row, and remove
+        what a killed run left half-written. Raises RunError on all ranks where that is not possible."""
+        with raised_together(self._world):
+            if not self._world.is_main:
+                return
+            try:
+                for unfinished in self._folder.glob(".*"):
+                    shutil.rmtree(unfinished)
+                for path in complete_checkpoints(self._folder):
+                    if path.name > folder_name(step):
+                        retired = path.with_name(f"retired-{path.name}")
+                        shutil.rmtree(retired, ignore_errors=True)
+                        os.replace(path, retired)
+                        logger.info("%s lies behind step %d, where the run goes on: now %s", path, step, retired.name)
+            except OSError as error:
+                raise RunError(f"cannot change {self._folder}: {error.strerror}; check its permissions") from error
+
+    def _begin(self, function: Callable[..., None], *arguments: Any) -> None:
+        self._pending.append(self._thread.submit(function, *arguments))
+
+    def _wait(self) -> None:
+        while self._pending:
+            self._pending.pop(0).result()
+
+    def _temporary(self, step: int) -> Path:
+        return self._folder / f".writing-{folder_name(step)}"
+
+    def _write_for_main(self, number: int, content: dict[str, Any], folder: Path) -> None:
+        """Write this rank's part, and tell rank 0 what became of it."""
+        assert self._told is not None
+        try:
+            told: dict[str, Any] = {"files": _write_files(folder, content)}
+        except (OSError, RuntimeError) as error:
+            told = {"problem": _reason(error)}
+        self._told.set(f"{number}/{self._world.rank}", json.dumps(told))
+
+    def _write_all(self, number: int, content: dict[str, Any], model: SpeakerModel, saved: SavedRun) -> None:
+        final, temporary = self._folder / folder_name(saved.state.step), self._temporary(saved.state.step)
+        problem = None
+        files: Files = {}
+        try:
+            files = _write_files(temporary, content)
+            model.save(temporary / MODEL)
+            (temporary / CONFIG).write_text(self._config_text, encoding="utf-8")
+            for path in [temporary / CONFIG, *sorted((temporary / MODEL).iterdir())]:
+                files[path.relative_to(temporary).as_posix()] = _sealed(path)
+        # torch reports a full disk as a RuntimeError, `SpeakerModel.save` as a RunError.
+        except (OSError, RuntimeError, RunError) as error:
+            problem = _reason(error)
+        # In any case: nothing may be removed that another rank is writing.
+        parts = self._parts(number)
+        problem = problem or next((told["problem"] for told in parts if "problem" in told), None)
+        for told in parts:
+            files |= {name: (size, digest) for name, (size, digest) in told.get("files", {}).items()}
+        self._saved = None
+        if problem is None:
+            try:
+                saved = replace(saved, files=files)
+                _complete(temporary, final, saved)
+                self._saved, self._failure = saved, None
+                self._prune(saved.state)
+            except OSError as error:
+                problem = _reason(error)
+        if problem is not None:
+            shutil.rmtree(temporary, ignore_errors=True)
+            self._failure = RunError(
+                f"checkpoint {final} cannot be written: {problem}; earlier ones are untouched, make room and run the "
+                "same command again"
+            )
+            logger.warning("%s; until then training goes on", self._failure)
+
+    def _parts(self, number: int) -> list[dict[str, Any]]:
+        """What the other ranks told of their parts."""
+        parts = []
+        waited = timedelta()
+        for rank in range(1, self._world.size):
+            assert self._told is not None
+            key = f"{number}/{rank}"
+            while True:
+                try:
+                    self._told.wait([key], _MOMENT)
+                    parts.append(json.loads(self._told.get(key)))
+                    self._told.delete_key(key)
+                    break
+                except (dist.DistStoreError, dist.DistNetworkError):
+                    if self._closing.is_set():
+                        waited += _MOMENT
+                    if waited > _PATIENCE:
+                        return [*parts, {"problem": f"rank {rank} did not write its part"}]
+        return parts
+
+    def _note(self, state: TrainState) -> None:
+        if self._saved is None or self._saved.state.step != state.step:
+            return
+        path = self._folder / folder_name(state.step) / STATE
+        try:
+            with atomic_write(path) as file:
+                file.write(replace(self._saved, state=state).record())
+            self._prune(state)
+        except OSError as error:
+            # The evaluation is done again, should a run go on from there.
+            logger.warning("cannot note the evaluation in %s: %s", path, _reason(error))
+
+    def _prune(self, state: TrainState) -> None:
+        for path in complete_checkpoints(self._folder)[: -self._keep_last]:
+            if path.name != folder_name(state.best_step or 0):
+                # The marker goes first: a removal that is cut short must not leave something that looks complete.
+                (path / STATE).unlink()
+                shutil.rmtree(path)
+
+
+def _default_store() -> dist.Store:
+    return dist.distributed_c10d._get_default_store()
+
+
+def _write_files(folder: Path, content: dict[str, Any]) -> Files:
+    """Write `content` with `torch.save`, and make sure that it is on disk."""
+    files: Files = {}
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, value in content.items():
+        path = folder / name
+        path.parent.mkdir(exist_ok=True)
+        torch.save(value, path)
+        files[name] = _sealed(path)
+    return files
+
+
+def _sealed(path: Path) -> tuple[int, str]:
+    """Wait until a file is on disk; its bytes and their SHA-256."""
+    sync(path)
+    return path.stat().st_size, sha256_of(path)
+
+
+def _complete(temporary: Path, final: Path, saved: SavedRun) -> None:
+    (temporary / STATE).write_bytes(saved.record())
+    sync(temporary / STATE)
+    for path in [*(path for path in temporary.rglob("*") if path.is_dir()), temporary]:
+        sync(path)
+    former = final.with_name(f".former-{final.name}")
+    if final.exists():
+        os.replace(final, former)
+    os.replace(temporary, final)
+    sync(final.parent)
+    shutil.rmtree(former, ignore_errors=True)
+
+
+def _reason(error: CelError | RunError | OSError | RuntimeError) -> str:
+    return " ".join(str(error).split())[:200]

@@ -1,0 +1,87 @@
+"""Evaluation of the encoder during training, and the best model so far."""
+
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from cel_dist.config import Config
+from cel_dist.description import EncoderDescription, ModelDescription, Provenance
+from cel_dist.distributed import World
+from cel_dist.engine import Engine
+from cel_dist.evaluation import Evaluation, evaluate
+from cel_dist.evaluation.embed import raised_together
+from cel_dist.model import SpeakerModel
+from cel_dist.training.checkpoint import TrainState
+from cel_dist.training.objective import new_encoder
+
+VERSIONS = {name: version(name) for name in ("cel_dist", "torch", "deepspeed")}
+
+
+class Validation:
+    """The validation list of a run and its best model.
+
+    All ranks call its methods together.
+
+    Args:
+        config: the run.
+        world: rank and size.
+        device: where embeddings are computed.
+        steps_per_epoch: of the run's data.
+    """
+
+    def __init__(self, config: Config, world: World, device: torch.device, steps_per_epoch: int) -> None:
+        self._config, self._world = config, world
+        self._run_dir: Path = config.run.dir
+        self._steps_per_epoch = steps_per_epoch
+        self._encoder: nn.Module = new_encoder(config).to(device)
+
+    def model(self, engine: Engine, step: int) -> SpeakerModel:
+        """A plain copy of the encoder as it is after `step`; the next call overwrites it."""
+        self._encoder.load_state_dict(engine.encoder_state())
+        config = self._config
+        description = ModelDescription(
+            encoder=EncoderDescription(name=config.encoder.name, embedding_dim=config.encoder.embedding_dim),
+            training=Provenance(
+                config=config.model_dump(mode="json"),
+                step=step,
+                epoch=step / self._steps_per_epoch,
+                utterances=step * config.train.batch_size,
+                versions=VERSIONS,
+            ),
+        )
+        return SpeakerModel(self._encoder, description)
+
+    def evaluate(self, engine: Engine, state: TrainState) -> Evaluation | None:
+        """Evaluate on the validation list, note the outcome in `state`, and keep the model if it is the best so far.
+
+        Returns:
+            What was measured. None without a list: then the model is the best because it is the last.
+
+        Raises:
+            CelError: audio of the list cannot be used. All ranks raise.
+            RunError: the model folder cannot be written. All ranks raise.
+        """
+        model = self.model(engine, state.step)
+        if self._config.eval.trials is None or self._config.eval.root is None:
+            self._keep(model, None)
+            return None
+        result = evaluate(model, self._config.eval.trials, self._config.eval.root, world=self._world)
+        state.evaluated_step = state.step
+        if state.step == 0:
+            state.first_eer = result.eer
+        if state.best_eer is None or result.eer < state.best_eer:
+            state.best_eer, state.best_step = result.eer, state.step
+            self._keep(model, result)
+        return result
+
+    def _keep(self, model: SpeakerModel, result: Evaluation | None) -> None:
+        with raised_together(self._world):
+            if not self._world.is_main:
+                return
+            if result is not None:
+                result.write_scores(self._run_dir / "evaluation")
+                model = model.calibrate(result.threshold, result.calibration)
+                model.description.training.metrics = {"eer": result.eer, "min_dcf": result.min_dcf["0.05"]}
+            model.save(self._run_dir / "model")
