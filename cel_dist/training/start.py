@@ -37,6 +37,7 @@ _FREE = (
     "train.epochs",
     "train.log_every",
     "train.max_steps",
+    "train.profile_steps",
     "train.threads",
 )
 # Without these a checkpoint cannot be read, or its position means nothing, in whatever run.

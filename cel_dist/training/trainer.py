@@ -11,7 +11,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Literal
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -28,8 +27,10 @@ from cel_dist.model import SpeakerModel
 from cel_dist.tracking import Tracker
 from cel_dist.training.batches import Batches, TrainBatch
 from cel_dist.training.checkpoint import CheckpointStore
+from cel_dist.training.conclusion import catch_up, conclude
 from cel_dist.training.objective import initial_encoder, new_encoder, new_objective
 from cel_dist.training.preflight import Checked, preflight
+from cel_dist.training.profile import StepProfile, named
 from cel_dist.training.records import Interval, Records, writing
 from cel_dist.training.result import TrainResult
 from cel_dist.training.schedule import learning_rate, num_steps
@@ -59,8 +60,7 @@ def train(config: Config, resume: str = "auto") -> TrainResult:
     world = World.from_environment()
     checked = preflight(config, world.size, resume)
     if checked.start.result is not None:
-        logger.info("%s", checked.start.result.nothing_to_do())
-        return checked.start.result
+        return catch_up(config, checked.start.result) if world.is_main else checked.start.result
     torch.set_num_threads(config.train.threads or max(1, _num_cores() // world.local_size))
     device = start_process_group(world)
     try:
@@ -120,6 +120,8 @@ class Trainer:
             self.engine.load(start.checkpoint)
             self.batches.seek(self.state.step)
         self.checkpoints.retire_after(self.state.step)
+        steps_left = self.total_steps - self.state.step
+        self.profile = StepProfile.of(config, steps_left, self.state.step, device) if world.is_main else StepProfile()
         self.records: Records | None = None
         self.tracker: Tracker | None = None
         with raised_together(world):
@@ -137,10 +139,12 @@ class Trainer:
                 self._validate()
                 if self.state.step > 0:
                     self._save_checkpoint()
+            self.profile.start()
             interval = Interval()
             while self.state.step < self.total_steps:
                 step_begin = time.perf_counter()
                 self.train_step(interval)
+                self.profile.step()
                 step_seconds += time.perf_counter() - step_begin
                 if self.state.step % self.config.train.log_every == 0 or self.state.step == self.total_steps:
                     self._record_interval(interval)
@@ -163,29 +167,33 @@ class Trainer:
             status = "KILLED"
             raise
         finally:
+            self.profile.close()
             self.batches.close()
             if self.tracker:
                 self.tracker.finish(status)
 
     def train_step(self, interval: Interval) -> None:
         """Fetch and augment, forward and backward, check, update."""
-        with raised_together(self.world):
+        interval.begin_step()
+        with named("data"), raised_together(self.world):
             batch = next(self.batches)
         try:
-            output = self.engine.forward_backward(batch.features, batch.ids)
+            with named("forward and backward"):
+                output = self.engine.forward_backward(batch.features, batch.ids)
         except CelError as error:
             # Embeddings of no use, on any rank; all ranks hear of them alike.
             raise self._stopped(batch, str(error)) from None
-        gradient_norm = self.engine.gradient_norm()
-        num_faults = self._check_finite(output.loss, gradient_norm, batch)
-        self.engine.step(
-            learning_rate(
-                self.config.optim,
-                step=self.state.step,
-                steps_per_epoch=self.plan.steps_per_epoch,
-                total_steps=self.total_steps,
-            )
+        with named("check"):
+            gradient_norm = self.engine.gradient_norm()
+            num_faults = self._check_finite(output.loss, gradient_norm, batch)
+        rate = learning_rate(
+            self.config.optim,
+            step=self.state.step,
+            steps_per_epoch=self.plan.steps_per_epoch,
+            total_steps=self.total_steps,
         )
+        with named("optimizer"):
+            self.engine.step(rate)
         self.state.step += 1
         interval.add(
             output,
@@ -276,6 +284,8 @@ class Trainer:
             model.save(self.run_dir / "model")
 
     def _save_checkpoint(self) -> None:
+        if self.records:
+            self.records.try_to_flush()
         self.checkpoints.save(self.engine, self._model(), self.state)
 
     def _model(self) -> SpeakerModel:
@@ -306,10 +316,10 @@ class Trainer:
         )
         with raised_together(self.world):
             if self.records:
-                values = {**interval.summary(), **scalars, "lr": rate}
+                values = {**scalars, "lr": rate}
                 if self.batches.false_negatives.expected is not None:
                     values["false_negatives_expected"] = self.batches.false_negatives.expected
-                self.records.write_interval(step=self.state.step, epoch=self._epoch(), values=values)
+                self.records.write_interval(step=self.state.step, epoch=self._epoch(), interval=interval, values=values)
 
     def _open_records(self) -> None:
         with writing(self.run_dir), atomic_write(self.run_dir / "config.yaml") as file:
@@ -317,7 +327,7 @@ class Trainer:
         self.tracker = Tracker.start(self.config, self.run_dir)
         self.tracker.log_params(self.config)
         self.tracker.log_artifact(self.run_dir / "config.yaml")
-        self.records = Records(self.run_dir, self.tracker, self.state)
+        self.records = Records(self.run_dir, self.tracker, self.state, self.total_steps)
 
     def _announce(self, start: Start) -> None:
         for remark in start.remarks:
@@ -349,31 +359,7 @@ class Trainer:
             report=str(self.run_dir / "report.html"),
         )
         with raised_together(self.world):
-            if self.world.is_main and self.tracker:
-                self._conclude(result, self.tracker)
+            if self.records and self.tracker:
+                self.records.flush()
+                conclude(self.config, result, self.tracker)
         return result
-
-    def _conclude(self, result: TrainResult, tracker: Tracker) -> None:
-        """Summary and report come before MLflow is asked to take the model: a failure there leaves the run whole."""
-        # Plots and templates take a second to import, which the start of a run need not wait for.
-        from cel_dist.report import PLOTS
-
-        report = self._write_outcome(result)
-        sample = 0.1 * np.random.default_rng(0).standard_normal(self.config.segment_samples)
-        try:
-            result.model_uri = tracker.log_model(
-                self.run_dir / "model", sample.astype(np.float32), self.config.tracking.register_as
-            )
-        except (CelError, RunError) as error:
-            logger.warning("%s", error)
-        if result.model_uri:
-            report = self._write_outcome(result)
-        tracker.log_artifact(report)
-        tracker.log_artifact(self.run_dir / PLOTS)
-
-    def _write_outcome(self, result: TrainResult) -> Path:
-        from cel_dist.report import write_report
-
-        with writing(self.run_dir):
-            result.write(self.run_dir)
-        return write_report(self.run_dir)
