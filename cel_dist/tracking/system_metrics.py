@@ -12,6 +12,8 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from cel_dist.tracking.recorded import SYSTEM_METRICS, Point, points_of, read_records
 
 logger = logging.getLogger(__name__)
@@ -87,7 +89,8 @@ def _instruments() -> list[Any]:
     try:
         instruments.append(GPUMonitor())
     except ImportError:
-        logger.info("system metrics are without GPUs: that needs the package nvidia-ml-py")
+        if torch.cuda.is_available():
+            logger.warning("system metrics are without GPUs: that needs the package nvidia-ml-py")
     except RuntimeError:
         # There is no GPU.
         pass

@@ -47,7 +47,7 @@ class Pace:
 def interval_line(
     step: int, total_steps: int | None, epoch: int, values: Mapping[str, float], eer: float | None, now: datetime
 ) -> str:
-    """The line of the log for an interval, of a width that does not change from line to line.
+    """The line of the log for an interval, aligned with the lines before and after it.
 
     Args:
         step: last step of the interval.
@@ -57,14 +57,15 @@ def interval_line(
         eer: of the last evaluation, a fraction; None if there was none.
         now: local time.
     """
-    parts = [f"{_position(step, total_steps, epoch)}  loss {values['loss']:7.4f}"]
+    parts = [f"{_position(step, total_steps, epoch)}  loss {values['loss']:.4f}"]
     if "w" in values:
-        parts.append(f"w {values['w']:5.2f}")
-    parts.append("EER     -  " if eer is None else f"EER {100 * eer:5.2f} %")
-    parts.append(f"{_three_digits(values['utterances_per_second'])} utt/s")
-    parts.append(f"wait {100 * values['data_wait']:2.0f} %")
+        parts.append(f"w {values['w']:4.1f}")
+    parts.append("EER   -   " if eer is None else f"EER {100 * eer:5.2f}%")
+    speed = values["utterances_per_second"]
+    parts.append(f"{speed:{'4.0f' if speed >= 100 else '4.1f'}} utt/s")
+    parts.append(f"wait {100 * values['data_wait']:2.0f}%")
     parts.append(f"{values['step_seconds']:.3f} s/step")
-    parts.append(f"{values['memory_gib']:4.1f} GiB")
+    parts.append(f"{values['memory_gib']:.1f} GiB")
     if values.get("faults"):
         parts.append(f"{values['faults']:.0f} unreadable")
     if "eta_seconds" in values:
@@ -83,14 +84,20 @@ def _position(step: int, total_steps: int | None, epoch: int) -> str:
     return f"step {step:{len(str(total_steps))}}/{total_steps}  epoch {epoch}"
 
 
-def _three_digits(number: float) -> str:
-    return f"{number:5.1f}" if number < 1000 else f"{number:5.0f}"
-
-
 def _end(seconds: float, now: datetime) -> str:
-    minutes, second = divmod(round(seconds), 60)
-    hours, minute = divmod(minutes, 60)
     end = now + timedelta(seconds=seconds)
     # The day says nothing that the clock does not say while it is the same one.
     clock = end.strftime("%H:%M" if end.date() == now.date() else "%m-%d %H:%M")
-    return f"{hours}:{minute:02}:{second:02} left, {clock}"
+    return f"ETA {_duration(round(seconds))}, {clock}"
+
+
+def _duration(seconds: int) -> str:
+    """The two largest units.
+
+    >>> _duration(59), _duration(725), _duration(4325), _duration(400_000)
+    ('0m59s', '12m05s', '1h12m', '4d15h')
+    """
+    minutes, hours, days = seconds // 60, seconds // 3600, seconds // 86_400
+    if days:
+        return f"{days}d{hours % 24:02}h"
+    return f"{hours}h{minutes % 60:02}m" if hours else f"{minutes}m{seconds % 60:02}s"

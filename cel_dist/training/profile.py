@@ -2,6 +2,7 @@
 
 import logging
 import os
+import warnings
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -71,11 +72,11 @@ class _TracedSteps(StepProfile):
         self._first = first_step + wait + warmup + 1
         activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if device.type == "cuda" else [])]
         self._taken = -(wait + warmup)
-        self._profile = profile(
-            activities=activities,
-            schedule=schedule(wait=wait, warmup=warmup, active=num_steps, repeat=1),
-            on_trace_ready=self._write,
-        )
+        with warnings.catch_warnings():
+            # That a run is too short for a warm-up, and its trace rough, is not worth three lines.
+            warnings.simplefilter("ignore")
+            planned = schedule(wait=wait, warmup=warmup, active=num_steps, repeat=1)
+        self._profile = profile(activities=activities, schedule=planned, on_trace_ready=self._write)
         self._is_open = False
 
     def start(self) -> None:

@@ -144,8 +144,8 @@ class Trainer:
             while self.state.step < self.total_steps:
                 step_begin = time.perf_counter()
                 self.train_step(interval)
-                self.profile.step()
                 step_seconds += time.perf_counter() - step_begin
+                self.profile.step()
                 if self.state.step % self.config.train.log_every == 0 or self.state.step == self.total_steps:
                     self._record_interval(interval)
                     interval = Interval()
