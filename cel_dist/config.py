@@ -153,6 +153,9 @@ class TrainSection(Section):
     """CPU threads of a rank. Default: the cores that the process may use, divided by the ranks of the machine."""
     log_every: Positive = 10
     """Steps between two lines in the log, `metrics.jsonl` and MLflow."""
+    profile_steps: Annotated[Whole, Field(ge=0)] = 0
+    """Steps of which rank 0 writes a profiler trace to `profile/` of the run folder, once the first few are over; 0 is
+    off."""
 
 
 class OptimSection(Section):
@@ -216,6 +219,11 @@ class TrackingSection(Section):
     """Name of the experiment."""
     register_as: str | None = "cel"
     """Register the best encoder under this model name when training ends; null does not register it."""
+    system_metrics: bool = False
+    """Record load, memory, disk, network and GPUs of rank 0's machine as `system/...` in MLflow and
+    `system_metrics.jsonl`."""
+    system_metrics_seconds: Annotated[Real, Field(gt=0)] = 10.0
+    """Seconds between two samples of them."""
 
 
 class Config(Section):

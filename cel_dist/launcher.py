@@ -53,6 +53,7 @@ def launch(
         RunError: another process writes the run folder, or the ranks failed; what they said is above on stderr.
     """
     # Both read much, of which the command line and its help know nothing.
+    from cel_dist.training.conclusion import catch_up
     from cel_dist.training.preflight import preflight
     from cel_dist.training.result import TrainResult
 
@@ -63,8 +64,7 @@ def launch(
         raise CelError(f"hostfile {hostfile} does not exist; write one line 'name slots=N' for each node")
     start = preflight(settings, num_ranks if hostfile is None else None, resume).start
     if start.result is not None:
-        logger.info("%s", start.result.nothing_to_do())
-        return asdict(start.result)
+        return asdict(catch_up(settings, start.result))
     if settings.run.dir.is_dir():
         # The ranks hold the folder while they run; looking now spares the start of a second set of them.
         with sole_writer(settings.run.dir, "cel train"):

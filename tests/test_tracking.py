@@ -1,20 +1,17 @@
 """MLflow for real: databases in files, a server in a process of its own, models that go there and come back."""
 
 import contextlib
-import http.client
 import json
-import os
-import signal
 import sqlite3
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from worlds import until
 
 from cel_dist.config import Config
 from cel_dist.config_file import parse_config
@@ -271,76 +268,72 @@ def test_the_uri_comes_from_the_configuration_then_the_environment(monkeypatch: 
     assert resolve_uri(None) == "sqlite:///mlflow.db"
 
 
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    folder, port = tmp_path_factory.mktemp("server"), free_port()
-    command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
-    command += ["--backend-store-uri", f"sqlite:///{folder}/server.db"]
-    command += ["--artifacts-destination", str(folder / "files")]
-    with (folder / "server.log").open("wb") as log:
-        process = subprocess.Popen(command, cwd=folder, stdout=log, stderr=log, start_new_session=True)
-    try:
-        deadline = time.monotonic() + 120
-        while not is_healthy(port):
-            # Waiting on the process, so that one that cannot start is noticed at once.
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(0.2)
-            assert process.poll() is None, (folder / "server.log").read_text()
-            assert time.monotonic() < deadline, (folder / "server.log").read_text()
-        yield f"http://127.0.0.1:{port}"
-    finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-
-
-def is_healthy(port: int) -> bool:
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=5)
-    try:
-        connection.request("GET", "/health")
-        return connection.getresponse().status == 200
-    except (OSError, http.client.HTTPException):
-        return False
-    finally:
-        connection.close()
-
-
-def test_a_model_goes_through_a_server_to_another_process(
-    server: str, tmp_path: Path, model_folder: Path, waves: np.ndarray
-) -> None:
-    tracker = Tracker.start(settings(server), tmp_path)
-    assert tracker.log_model(model_folder, waves[0], "remote") == "models:/remote/1"
-    tracker.finish()
-
-    np.save(tmp_path / "wave.npy", waves[0])
-    code = (
-        "import json, numpy, cel_dist; model = cel_dist.load_model('models:/remote@champion');"
-        "print(json.dumps(model.embed(numpy.load('wave.npy')).tolist()))"
-    )
-    environment = {**os.environ, "MLFLOW_TRACKING_URI": server, "CEL_CACHE": str(tmp_path / "cache")}
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120
-    )
-    assert done.stderr == ""
-    np.testing.assert_array_equal(np.float32(json.loads(done.stdout)), load_model(model_folder).embed(waves[0]))
-    [cached] = (tmp_path / "cache" / "models").iterdir()
-    assert (cached / "MLmodel").is_file()
-
-
 def test_metrics_wait_while_the_database_does_not_take_them(
     database: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     tracker = Tracker.start(settings(f"{database}?timeout=0.2", experiment="records"), tmp_path)
     tracker.log_metrics({"loss": 3.0}, step=1)
+    assert tracker.flush(60)
     with contextlib.closing(sqlite3.connect(database.removeprefix("sqlite:///"), isolation_level=None)) as other:
         other.execute("BEGIN EXCLUSIVE")
         tracker.log_metrics({"loss": 2.0}, step=2)
-        begin = time.monotonic()
+        until(lambda: "takes no metrics, 1 values wait" in caplog.text)
         tracker.log_metrics({"loss": 1.0}, step=3)
-        # The first failure took its time; until the next try, values only queue up.
-        assert time.monotonic() - begin < 1
         other.execute("ROLLBACK")
-    assert "takes no metrics, 1 wait" in caplog.text
     tracker.finish()
     run_id = (tmp_path / "mlflow_run_id.txt").read_text().strip()
     assert [point.value for point in client_of(database).get_metric_history(run_id, "loss")] == [3.0, 2.0, 1.0]
+
+
+def test_a_step_is_in_mlflow_once_however_often_it_is_taken(database: str, tmp_path: Path) -> None:
+    config = settings(database, experiment="records")
+    first = Tracker.start(config, tmp_path)
+    for step in (1, 2, 3):
+        first.log_metrics({"loss": float(step)}, step=step, seconds=1e9 + step)
+    first.finish("KILLED")
+    # The run goes on from step 1; a step that was recorded and never sent is in the folder.
+    (tmp_path / "metrics.jsonl").write_text(
+        '{"step": 1, "epoch": 0, "time": 1000000001.0, "loss": 1.0}\n'
+        '{"step": 4, "epoch": 0, "time": 1000000004.5, "loss": 4.0, "w": 10.0}\n{"step": 5, "ep'
+    )
+    second = Tracker.start(config, tmp_path)
+    for step in (2, 3, 4, 5):
+        second.log_metrics({"loss": 10.0 * step}, step=step)
+    second.finish()
+    client = client_of(database)
+    run_id = (tmp_path / "mlflow_run_id.txt").read_text().strip()
+    points = client.get_metric_history(run_id, "loss")
+    assert [(point.step, point.value) for point in points] == [(1, 1.0), (2, 2.0), (3, 3.0), (4, 4.0), (5, 50.0)]
+    assert points[3].timestamp == 1_000_000_004_500
+    assert client.get_run(run_id).data.metrics["w"] == 10.0
+
+
+def test_the_load_of_the_machine_is_recorded_if_asked_for(database: str, tmp_path: Path) -> None:
+    names = {}
+    for is_wanted in (False, True):
+        run = tmp_path / str(is_wanted)
+        run.mkdir()
+        for _ in range(2):
+            config = settings(
+                database,
+                experiment="records",
+                system_metrics=is_wanted,
+                system_metrics_seconds=0.01 if is_wanted else 9,
+            )
+            tracker = Tracker.start(config, run)
+            tracker.log_metrics({"loss": 1.0}, step=1)
+            if is_wanted:
+                until((run / "system_metrics.jsonl").exists)
+            tracker.finish()
+        run_id = (run / "mlflow_run_id.txt").read_text().strip()
+        names[is_wanted] = set(client_of(database).get_run(run_id).data.metrics)
+    assert names[False] == {"loss"}
+    assert {"system/cpu_utilization_percentage", "system/system_memory_usage_megabytes"} <= names[True]
+    assert {"system/disk_usage_percentage", "system/network_receive_megabytes"} <= names[True]
+    samples = [json.loads(line) for line in (tmp_path / "True" / "system_metrics.jsonl").read_text().splitlines()]
+    history = client_of(database).get_metric_history(run_id, "system/system_memory_usage_megabytes")
+    # They are numbered on by the second process, and each is there once.
+    assert [sample["step"] for sample in samples] == list(range(1, len(samples) + 1))
+    assert [(point.step, point.value) for point in history] == [
+        (sample["step"], sample["system/system_memory_usage_megabytes"]) for sample in samples
+    ]

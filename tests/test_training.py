@@ -1,8 +1,10 @@
 """Training as a user starts it, on real processes and a small corpus."""
 
 import functools
+import gzip
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -32,7 +34,7 @@ def test_cel_train_through_the_launcher_leaves_a_whole_run(config, small_corpus,
         train={"max_steps": 3},
     )
     done = subprocess.run(
-        [*CEL, "train", str(file), "--nproc", "2", "--json"],
+        [*CEL, "train", str(file), "--nproc", "2", "--json", "--profile", "train.profile_steps=1"],
         capture_output=True,
         text=True,
         env=ENVIRONMENT,
@@ -44,9 +46,22 @@ def test_cel_train_through_the_launcher_leaves_a_whole_run(config, small_corpus,
     assert (summary["run_dir"], summary["steps"], summary["model_uri"]) == (str(run), 3, "models:/cel/1")
     assert 0 <= summary["eer"] <= summary["eer_before"] <= 1
     assert [(row["step"], set(row)) for row in records(run, "evaluations.jsonl")] == [
-        (step, {"step", "epoch", "eer", "min_dcf"}) for step in (0, 3)
+        (step, {"step", "epoch", "time", "eer", "min_dcf"}) for step in (0, 3)
     ]
-    assert all({*LOSSES, "step", "epoch", "utterances_per_second", "data_wait"} <= set(row) for row in records(run))
+    measured = {"utterances_per_second", "data_wait", "data_wait_seconds", "step_seconds", "memory_gib", "eta_seconds"}
+    rows = records(run)
+    assert all({*LOSSES, *measured, "step", "epoch", "time"} <= set(row) for row in rows)
+    assert rows[0]["eta_seconds"] > rows[1]["eta_seconds"] > rows[2]["eta_seconds"] == 0
+    [line] = re.findall(r"^step 2/3  epoch 0  loss .*", done.stderr, re.MULTILINE)
+    assert re.search(r"  w 10\.\d  EER [ \d]\d\.\d\d%  [ \d.]+ utt/s  wait .* s/step  \d\.\d GiB  ETA 0m\d\ds, ", line)
+    # The trace is of the last step: the first ones, which are slower, are left out where there are others.
+    [trace] = (run / "profile").glob("*.json.gz")
+    assert trace.name == "steps-00000003-00000003.trace.json.gz"
+    assert f"profile of 1 steps: {trace}" in done.stderr
+    names = {event.get("name") for event in json.loads(gzip.decompress(trace.read_bytes()))["traceEvents"]}
+    parts = {"data", "read", "augment", "features", "forward and backward", "check", "optimizer"}
+    assert {f"cel: {part}" for part in parts} <= names
+    assert "convolution" in (run / "profile" / "summary.txt").read_text()
     assert yaml.safe_load((run / "config.yaml").read_text())["loss"]["pairs"] == "pon"
     assert "<html" in (run / "report.html").read_text()
     model = load_model(run)
@@ -81,6 +96,7 @@ def test_one_process_without_a_launcher_trains(config, tmp_path):
     command = [sys.executable, "-m", "cel_dist.train", str(file)]
     done = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
+    assert not (tmp_path / "run" / "profile").exists()
     assert set(losses(tmp_path / "run")) == {1}
     # The shards have no labels: forty utterances of what is said to be twenty speakers.
     (row,) = records(tmp_path / "run")

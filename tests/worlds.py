@@ -4,6 +4,8 @@ import os
 import pickle
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -41,6 +43,14 @@ def run_world(size: int, function: Callable[..., Any], *arguments: Any, folder: 
     for rank, process in enumerate(processes):
         assert process.returncode == 0, f"rank {rank} failed:\n{errors[rank][-3000:]}"
     return [pickle.loads((folder / f"result-{rank}.pkl").read_bytes()) for rank in range(size)]
+
+
+def until(condition: Callable[[], bool], seconds: float = 60) -> None:
+    """Wait for what a thread or another process does."""
+    deadline, never = time.monotonic() + seconds, threading.Event()
+    while not condition():
+        assert time.monotonic() < deadline, f"not within {seconds} seconds"
+        never.wait(0.01)
 
 
 def _main() -> None:

@@ -19,19 +19,26 @@ def train(
     resume: Annotated[
         str, typer.Option(help="auto: continue what is in run.dir; none: start anew; or a checkpoint folder.")
     ] = "auto",
+    profile: Annotated[
+        bool, typer.Option("--profile", help="Trace five steps into run.dir/profile; train.profile_steps=N for N.")
+    ] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Train an encoder, on one process or, with --nproc or --hostfile, on many."""
+    settings = overrides or []
+    if profile:
+        # In front, so that a number of steps that was given counts.
+        settings = ["train.profile_steps=5", *settings]
     if nproc is None and hostfile is None:
         from dataclasses import asdict
 
         from cel_dist.config_file import load_config
         from cel_dist.training.trainer import train as train_here
 
-        summary = asdict(train_here(load_config(config, overrides or []), resume))
+        summary = asdict(train_here(load_config(config, settings), resume))
     else:
         from cel_dist.launcher import launch
 
-        summary = launch(config, overrides or [], num_ranks=nproc, hostfile=hostfile, resume=resume)
+        summary = launch(config, settings, num_ranks=nproc, hostfile=hostfile, resume=resume)
     eer = "no validation list" if summary["eer"] is None else f"validation EER {100 * summary['eer']:.2f} %"
     emit(summary, f"{summary['steps']} steps, {eer}; run folder {summary['run_dir']}", as_json=as_json)

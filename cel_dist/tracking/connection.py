@@ -3,6 +3,7 @@
 MLflow itself is imported when it is first needed; that takes seconds.
 """
 
+import logging
 import os
 import re
 import socket
@@ -17,14 +18,20 @@ from cel_dist.errors import CelError, RunError
 
 DEFAULT_URI = "sqlite:///mlflow.db"
 
+
+class NoAnswerError(CelError):
+    """The database server does not answer, which may pass."""
+
+
 # Read when MLflow is imported and at each request; a user's own settings win. Its defaults are minutes of retries,
-# progress bars and messages on stderr, and telemetry.
+# progress bars and messages on stderr and stdout, and telemetry.
 _ENVIRONMENT = {
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
     "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR": "1",
     "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
     "MLFLOW_LOGGING_LEVEL": "WARNING",
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
     "MLFLOW_DISABLE_TELEMETRY": "true",
 }
 _DATABASE_PORTS = {"postgresql": 5432, "mysql": 3306, "mssql": 1433}
@@ -52,11 +59,14 @@ def connect(uri: str) -> Any:
     """A client of the server or database at `uri`.
 
     Raises:
+        NoAnswerError: a database server does not answer. MLflow would try for minutes before it says so.
         CelError: what can be told at once is wrong with `uri`: a folder, a file that is no database, a database server
-            that does not answer or has no driver here. MLflow would try for minutes before it says so.
+            that has no driver here.
     """
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
+    # It would tell of every single retry; that a server does not answer is told once, by who asked it.
+    logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)
     parts = urlsplit(uri)
     kind = parts.scheme.partition("+")[0]
     if kind in ("", "file"):
@@ -116,7 +126,9 @@ def _check_port(host: str, port: int) -> None:
     try:
         socket.create_connection((host, port), timeout=5).close()
     except OSError as error:
-        raise CelError(f"no database server answers at {host}:{port}: {error}; start it or set another URI") from None
+        raise NoAnswerError(
+            f"no database server answers at {host}:{port}: {error}; start it or set another URI"
+        ) from None
 
 
 @contextmanager

@@ -62,7 +62,8 @@ def describe_batch(batch: TrainBatch, world: World) -> dict[str, Any]:
     own = batch.ids.tolist(), batch.ids[~is_finite].tolist()
     parts: list[Any] = [own] * world.size
     dist.all_gather_object(parts, own)
-    return {"ids": sum((part[0] for part in parts), []), "not_finite": sum((part[1] for part in parts), [])}
+    ids, not_finite = ([sample for part in parts for sample in part[place]] for place in (0, 1))
+    return {"ids": ids, "not_finite": not_finite}
 
 
 def record_skipped(run_dir: Path, *, step: int, epoch: int, reason: str, batch: dict[str, Any]) -> None:

@@ -14,6 +14,7 @@ from cel_dist.distributed import World
 from cel_dist.features import LogMel
 from cel_dist.training.false_negatives import FalseNegatives
 from cel_dist.training.preflight import Checked
+from cel_dist.training.profile import named
 
 logger = logging.getLogger(__name__)
 
@@ -91,17 +92,20 @@ class Batches:
     def __next__(self) -> TrainBatch:
         """The next batch. Raises RunError as `SegmentStream` does."""
         begin = time.perf_counter()
-        batch = next(self.stream)
+        with named("read"):
+            batch = next(self.stream)
         waited = time.perf_counter() - begin
         self._report(batch)
         rate = None
         if self._world.is_main:
             rate = self.false_negatives.rate(self._plan.batch(batch.epoch, batch.step).ids)
         segments = batch.segments.to(self._device, non_blocking=True)
-        waves = self._augment(
-            segments, epoch=batch.epoch, step=batch.step, rows=self._rows, batch_size=self._plan.batch_size
-        )
-        features: Tensor = self._features(waves.flatten(0, 1)).unflatten(0, waves.shape[:2])
+        with named("augment"):
+            waves = self._augment(
+                segments, epoch=batch.epoch, step=batch.step, rows=self._rows, batch_size=self._plan.batch_size
+            )
+        with named("features"):
+            features: Tensor = self._features(waves.flatten(0, 1)).unflatten(0, waves.shape[:2])
         ids = batch.ids.to(self._device)
         return TrainBatch(batch.epoch, batch.step, ids, features, len(batch.faults), waited, rate)
 

@@ -83,7 +83,7 @@ class CheckpointStore:
         self._keep_last = keep_last
         self._config_text = config_text
         # A connection of its own: one that waits holds up all who share it.
-        self._told = dist.PrefixStore("checkpoint", _default_store().clone()) if world.size > 1 else None
+        self._told = _store().clone() if world.size > 1 else None
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self._closing = threading.Event()
         self._pending: list[Future[None]] = []
@@ -251,8 +251,10 @@ class CheckpointStore:
                 shutil.rmtree(path)
 
 
-def _default_store() -> dist.Store:
-    return dist.distributed_c10d._get_default_store()
+def _store() -> Any:
+    """Where the process group's ranks found each other."""
+    c10d = dist.distributed_c10d
+    return c10d.PrefixStore("checkpoint", c10d._get_default_store())  # type: ignore[attr-defined]
 
 
 def _write_files(folder: Path, content: dict[str, Any]) -> Files:

@@ -6,9 +6,13 @@ evaluations.jsonl    one an evaluation: step, epoch, eer, min_dcf
 
 import json
 import logging
+import resource
+import statistics
+import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +23,12 @@ from cel_dist.data.files import atomic_write
 from cel_dist.errors import RunError
 from cel_dist.losses import LossOutput
 from cel_dist.tracking import Tracker
+from cel_dist.tracking.recorded import EVALUATIONS, METRICS, as_record, read_records
 from cel_dist.training.checkpoint import TrainState
+from cel_dist.training.line_file import LineFile
+from cel_dist.training.pace import Pace, evaluation_line, interval_line
 
 logger = logging.getLogger(__name__)
-METRICS = "metrics.jsonl"
-EVALUATIONS = "evaluations.jsonl"
 
 
 class Interval:
@@ -38,7 +43,12 @@ class Interval:
         self._utterances = 0
         self._waited = 0.0
         self._faults = 0
-        self._begin = time.perf_counter()
+        self._step_seconds: list[float] = []
+        self._begin = self._step_begin = time.perf_counter()
+
+    def begin_step(self) -> None:
+        """Let the time of a step count from here. Without it the time from step to step counts."""
+        self._step_begin = time.perf_counter()
 
     def add(
         self,
@@ -66,55 +76,135 @@ class Interval:
         self._utterances += utterances
         self._waited += waited
         self._faults += faults
+        now = time.perf_counter()
+        self._step_seconds.append(now - self._step_begin)
+        self._step_begin = now
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether no step was counted since the last record, by this process or the one before it."""
+        return not self._values
+
+    @property
+    def training_seconds(self) -> float:
+        """Time of the steps of this process, without evaluations and checkpoints between them."""
+        return sum(self._step_seconds)
+
+    @property
+    def num_timed_steps(self) -> int:
+        """Steps that this process took."""
+        return len(self._step_seconds)
 
     def summary(self) -> dict[str, float]:
-        """Means of the losses, and the speed of the interval in wall-clock time."""
-        seconds = time.perf_counter() - self._begin
-        means = torch.stack(self._values).mean(dim=0).tolist()
-        rates = self._false_negatives
+        """Means of the losses, and the speed of the interval in wall-clock time.
+
+        `step_seconds` is the median step, `data_wait` the share of the interval that was spent waiting for data, and
+        `data_wait_seconds` the mean of it a step. `memory_gib` is what this process has needed at most so far: of the
+        GPU, or on a CPU of the main memory.
+        """
+        now = time.perf_counter()
+        seconds = now - self._begin
+        # What was loaded is on the CPU, what was added is where the loss was computed.
+        device = self._values[-1].device
+        means = torch.stack([value.to(device) for value in self._values]).mean(dim=0).tolist()
+        rates, steps = self._false_negatives, self._step_seconds
         return {
             **dict(zip([*LossOutput._fields, "grad_norm"], means, strict=True)),
             "utterances_per_second": self._utterances / seconds,
             "data_wait": self._waited / seconds,
+            "data_wait_seconds": self._waited / max(1, len(steps)),
+            "step_seconds": statistics.median(steps) if steps else 0.0,
+            "memory_gib": _memory_bytes(device) / 2**30,
             "faults": self._faults,
             **({"false_negatives": sum(rates) / len(rates)} if rates else {}),
         }
+
+    def state_dict(self) -> dict[str, Any]:
+        """What the means are made of, in numbers that JSON keeps exactly. Times and speed belong to a process, and are
+        left out."""
+        return {
+            "values": torch.stack(self._values).tolist() if self._values else [],
+            "false_negatives": list(self._false_negatives),
+            "faults": self._faults,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Let what `state_dict` returned come before the steps that are added from now on."""
+        self._values = [torch.tensor(value) for value in state["values"]]
+        self._false_negatives = list(state["false_negatives"])
+        self._faults = state["faults"]
+
+
+def _memory_bytes(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    largest = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return largest if sys.platform == "darwin" else largest * 1024
 
 
 class Records:
     """Rank 0's records; on other ranks `Records` is not made.
 
+    A disk that is full for a while costs no record: lines wait in memory, in their order, and are written when there is
+    room again.
+
     Args:
         run_dir: folder of the run.
         tracker: where MLflow's part goes.
         state: position that the run continues from; what was recorded behind it is dropped, because it will come again.
+        total_steps: steps of the whole run; None if nobody knows.
 
     Raises:
         RunError: the files cannot be written.
     """
 
-    def __init__(self, run_dir: Path, tracker: Tracker, state: TrainState) -> None:
+    def __init__(self, run_dir: Path, tracker: Tracker, state: TrainState, total_steps: int | None = None) -> None:
         self._run_dir = run_dir
         self._tracker = tracker
+        self._total_steps = total_steps
+        self._pace = Pace(state.step)
         with writing(run_dir):
             _keep(run_dir / METRICS, lambda step: step <= state.step)
             _keep(run_dir / EVALUATIONS, lambda step: step < state.step or step == state.evaluated_step)
+            self._files = {name: LineFile(run_dir / name) for name in (METRICS, EVALUATIONS)}
+        evaluations = list(read_records(run_dir / EVALUATIONS))
+        self._eer: float | None = evaluations[-1].get("eer") if evaluations else None
 
-    def write_interval(self, *, step: int, epoch: int, values: dict[str, float]) -> None:
-        """Record the steps since the last interval. Raises RunError as the class does."""
-        self._write(METRICS, step, epoch, values)
+    def write_interval(self, *, step: int, epoch: int, interval: Interval, values: Mapping[str, float]) -> None:
+        """Record the steps since the last interval: its means, and further values of its last step."""
+        self._pace.add(step, interval.num_timed_steps, interval.training_seconds)
+        means = {**interval.summary(), **values}
+        eta = self._pace.seconds_left(self._total_steps)
+        if eta is not None:
+            means["eta_seconds"] = eta
+        self._write(METRICS, step, epoch, means)
+        logger.info("%s", interval_line(step, self._total_steps, epoch, means, self._eer, datetime.now()))
 
     def write_evaluation(self, *, step: int, epoch: int, eer: float, min_dcf: float) -> None:
-        """Record an evaluation. Raises RunError as the class does."""
+        """Record an evaluation."""
+        self._eer = eer
         self._write(EVALUATIONS, step, epoch, {"eer": eer, "min_dcf": min_dcf})
+        logger.info("%s", evaluation_line(step, self._total_steps, epoch, eer, min_dcf))
 
-    def _write(self, name: str, step: int, epoch: int, values: dict[str, float]) -> None:
-        record = {"step": step, "epoch": epoch, **values}
-        with writing(self._run_dir), (self._run_dir / name).open("a", encoding="utf-8") as stream:
-            stream.write(json.dumps(record) + "\n")
-        self._tracker.log_metrics(values, step=step)
-        shown = "  ".join(f"{name} {value:.4g}" for name, value in values.items())
-        logger.info("step %d  epoch %d  %s", step, epoch, shown)
+    def flush(self) -> None:
+        """Write what a full disk has kept from being written.
+
+        Raises:
+            RunError: it still cannot be written.
+        """
+        with writing(self._run_dir):
+            for file in self._files.values():
+                file.flush()
+
+    def try_to_flush(self) -> None:
+        """Write what waits if there is room by now: a run that goes on from a checkpoint takes its lines from here."""
+        with suppress(RunError):
+            self.flush()
+
+    def _write(self, name: str, step: int, epoch: int, values: Mapping[str, float]) -> None:
+        seconds = round(time.time(), 3)
+        self._files[name].append(json.dumps({"step": step, "epoch": epoch, "time": seconds, **values}))
+        self._tracker.log_metrics(values, step=step, seconds=seconds)
 
 
 @contextmanager
@@ -135,19 +225,10 @@ def _keep(path: Path, is_kept: Callable[[int], bool]) -> None:
     lines = path.read_text(encoding="utf-8", errors="replace").split("\n")[:-1] if path.exists() else []
     kept = []
     for number, line in enumerate(lines, start=1):
-        step = _step_of(line)
-        if step is None:
+        record = as_record(line)
+        if record is None or "epoch" not in record:
             logger.warning("%s, line %d, is damaged and was dropped: %s", path, number, line[:80])
-        elif is_kept(step):
+        elif is_kept(record["step"]):
             kept.append(line + "\n")
     with atomic_write(path) as file:
         file.write("".join(kept).encode())
-
-
-def _step_of(line: str) -> int | None:
-    try:
-        record: Any = json.loads(line)
-    except ValueError:
-        return None
-    step = record.get("step") if isinstance(record, dict) else None
-    return step if isinstance(step, int) and "epoch" in record else None

@@ -39,6 +39,7 @@ _FREE = (
     "train.log_every",
     "train.max_skipped_steps",
     "train.max_steps",
+    "train.profile_steps",
     "train.threads",
 )
 # Without these a checkpoint cannot be read, or its position means nothing, in whatever run.
@@ -153,8 +154,8 @@ def _other_world(saved: SavedRun, config: Config, num_ranks: int | None) -> list
         return []
     (former_ranks, former_stage), (ranks, stage) = before, now
     return [
-        f"the checkpoint was written by {former_ranks} ranks under ZeRO {former_stage}; {ranks} ranks under ZeRO {stage} "
-        "go on from it: the same parameters and optimizer, sums in another order"
+        f"the checkpoint was written by {former_ranks} ranks under ZeRO {former_stage}, {ranks} under ZeRO {stage} go "
+        "on from it: the same parameters and optimizer, sums in another order"
     ]
 
 

@@ -10,7 +10,6 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Literal
 
-import numpy as np
 import torch
 
 from cel_dist.config import Config
@@ -26,9 +25,11 @@ from cel_dist.training.agreement import SKIPPED, Agreement, agree, describe_batc
 from cel_dist.training.batches import Batches, TrainBatch
 from cel_dist.training.checkpoint import RANDOM, SavedRun
 from cel_dist.training.checkpoint_store import CheckpointStore
+from cel_dist.training.conclusion import catch_up, conclude
 from cel_dist.training.memory import advice_on_memory
 from cel_dist.training.objective import initial_encoder, new_encoder, new_objective
 from cel_dist.training.preflight import Checked, preflight
+from cel_dist.training.profile import StepProfile, named
 from cel_dist.training.random_state import restore_random_state, seed_all
 from cel_dist.training.records import Interval, Records, writing
 from cel_dist.training.result import TrainResult
@@ -62,8 +63,7 @@ def train(config: Config, resume: str = "auto") -> TrainResult:
     world = World.from_environment()
     checked = preflight(config, world.size, resume)
     if checked.start.result is not None:
-        logger.info("%s", checked.start.result.nothing_to_do())
-        return checked.start.result
+        return catch_up(config, checked.start.result) if world.is_main else checked.start.result
     torch.set_num_threads(config.train.threads or max(1, _num_cores() // world.local_size))
     device = start_process_group(world)
     try:
@@ -126,6 +126,8 @@ class Trainer:
         seed_all(config.train.seed, world.rank)
         if start.checkpoint is not None and start.saved is not None:
             self._load(start.checkpoint, start.saved, is_own=start.is_own)
+        steps_left = self.total_steps - self.state.step
+        self.profile = StepProfile.of(config, steps_left, self.state.step, device) if world.is_main else StepProfile()
         self.records: Records | None = None
         self.tracker: Tracker | None = None
         with raised_together(world):
@@ -141,10 +143,12 @@ class Trainer:
         try:
             if self._is_evaluation_missing():
                 self._validate()
+            self.profile.start()
             while self.state.step < self.total_steps:
                 step_begin = time.perf_counter()
                 is_stopping = self.train_step()
                 step_seconds += time.perf_counter() - step_begin
+                self.profile.step()
                 if self.state.step % self.config.train.log_every == 0 or self.state.step == self.total_steps:
                     self._record_interval()
                 # The checkpoint comes first: a validation that fails must not cost what was trained.
@@ -164,6 +168,7 @@ class Trainer:
             status = "KILLED"
             raise
         finally:
+            self.profile.close()
             self.batches.close()
             self.checkpoints.close()
             if self.tracker:
@@ -171,21 +176,25 @@ class Trainer:
 
     def train_step(self) -> bool:
         """Fetch and augment, forward and backward, agree, update; returns whether the run is to end here."""
-        with raised_together(self.world):
+        self.interval.begin_step()
+        with named("data"), raised_together(self.world):
             batch = next(self.batches)
-        output = self.engine.forward_backward(batch.features, batch.ids)
-        gradient_norm = self.engine.gradient_norm()
-        agreed = agree(
-            output.loss,
-            gradient_norm,
-            num_faults=batch.num_faults,
-            is_stopping=self.request.name is not None,
-            world=self.world,
-        )
+        with named("forward and backward"):
+            output = self.engine.forward_backward(batch.features, batch.ids)
+        with named("check"):
+            gradient_norm = self.engine.gradient_norm()
+            agreed = agree(
+                output.loss,
+                gradient_norm,
+                num_faults=batch.num_faults,
+                is_stopping=self.request.name is not None,
+                world=self.world,
+            )
         if not agreed.is_finite:
             self._skip(batch, agreed)
             return agreed.num_stopping > 0
-        self.engine.step(self._learning_rate())
+        with named("optimizer"):
+            self.engine.step(self._learning_rate(self.state.step))
         self.state.step += 1
         self.state.skipped_in_a_row = 0
         self.interval.add(
@@ -312,6 +321,8 @@ class Trainer:
         self.checkpoints.update(self.state)
 
     def _save_checkpoint(self) -> None:
+        if self.records:
+            self.records.try_to_flush()
         saved = SavedRun(
             state=self.state,
             stream=self.batches.state_dict(),
@@ -323,11 +334,10 @@ class Trainer:
         )
         self.checkpoints.save(self.engine, self.validation.model(self.engine, self.state.step), saved)
 
-    def _learning_rate(self) -> float:
-        """Of the batch that comes next."""
+    def _learning_rate(self, step: int) -> float:
         return learning_rate(
             self.config.optim,
-            step=self.state.step,
+            step=step,
             steps_per_epoch=self.plan.steps_per_epoch,
             total_steps=self.total_steps,
         )
@@ -340,18 +350,13 @@ class Trainer:
         if interval.is_empty:
             return
         scalars = self.engine.loss_scalars()
-        rate = learning_rate(
-            self.config.optim,
-            step=self.state.step - 1,
-            steps_per_epoch=self.plan.steps_per_epoch,
-            total_steps=self.total_steps,
-        )
+        rate = self._learning_rate(self.state.step - 1)
         with raised_together(self.world):
             if self.records:
-                values = {**interval.summary(), **scalars, "lr": rate, "skipped": self.state.skipped}
+                values = {**scalars, "lr": rate, "skipped": self.state.skipped}
                 if self.batches.false_negatives.expected is not None:
                     values["false_negatives_expected"] = self.batches.false_negatives.expected
-                self.records.write_interval(step=self.state.step, epoch=self._epoch(), values=values)
+                self.records.write_interval(step=self.state.step, epoch=self._epoch(), interval=interval, values=values)
 
     def _open_records(self) -> None:
         with writing(self.run_dir), atomic_write(self.run_dir / "config.yaml") as file:
@@ -359,7 +364,7 @@ class Trainer:
         self.tracker = Tracker.start(self.config, self.run_dir)
         self.tracker.log_params(self.config)
         self.tracker.log_artifact(self.run_dir / "config.yaml")
-        self.records = Records(self.run_dir, self.tracker, self.state)
+        self.records = Records(self.run_dir, self.tracker, self.state, self.total_steps)
 
     def _announce(self, start: Start) -> None:
         for remark in start.remarks:
@@ -391,31 +396,7 @@ class Trainer:
             report=str(self.run_dir / "report.html"),
         )
         with raised_together(self.world):
-            if self.world.is_main and self.tracker:
-                self._conclude(result, self.tracker)
+            if self.records and self.tracker:
+                self.records.flush()
+                conclude(self.config, result, self.tracker)
         return result
-
-    def _conclude(self, result: TrainResult, tracker: Tracker) -> None:
-        """Summary and report come before MLflow is asked to take the model: a failure there leaves the run whole."""
-        # Plots and templates take a second to import, which the start of a run need not wait for.
-        from cel_dist.report import PLOTS
-
-        report = self._write_outcome(result)
-        sample = 0.1 * np.random.default_rng(0).standard_normal(self.config.segment_samples)
-        try:
-            result.model_uri = tracker.log_model(
-                self.run_dir / "model", sample.astype(np.float32), self.config.tracking.register_as
-            )
-        except (CelError, RunError) as error:
-            logger.warning("%s", error)
-        if result.model_uri:
-            report = self._write_outcome(result)
-        tracker.log_artifact(report)
-        tracker.log_artifact(self.run_dir / PLOTS)
-
-    def _write_outcome(self, result: TrainResult) -> Path:
-        from cel_dist.report import write_report
-
-        with writing(self.run_dir):
-            result.write(self.run_dir)
-        return write_report(self.run_dir)
