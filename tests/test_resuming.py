@@ -2,6 +2,7 @@
 
 import functools
 import json
+import os
 import shutil
 import subprocess
 from dataclasses import replace
@@ -71,7 +72,6 @@ def content(folder: Path) -> dict[str, bytes]:
         ("data.shards=other", "data.shards=", "data.shards=other"),
         ("data.short=repeat", "data.short=drop", "data.short=repeat"),
         ("optim.lr=0.5", "optim.lr=0.001", "optim.lr=0.5"),
-        ("engine.zero_stage=2", "engine.zero_stage=0", "engine.zero_stage=2"),
     ],
 )
 def test_another_experiment_does_not_go_on_in_the_same_folder(finished, override, before, after):
@@ -92,7 +92,7 @@ def test_all_changed_settings_are_named_and_other_data_is_noticed(finished):
 
 def test_length_reports_and_places_may_change(finished):
     free = ["train.max_steps=9", "train.epochs=7", "train.log_every=3", "train.threads=2", "data.workers=1"]
-    free += ["checkpoint.every_steps=7", "tracking.experiment=other", "eval.every_epochs=2", "run.name=other"]
+    free += ["engine.zero_stage=0", "checkpoint.every_steps=7", "tracking.experiment=other", "eval.every_epochs=2", "run.name=other"]
     start = start_of(load_config(finished, free))
     assert (start.state.step, start.result, start.remarks) == (4, None, ())
 
@@ -102,6 +102,9 @@ def test_a_new_end_of_the_cosine_schedule_is_remarked(small_corpus, finished, ru
     for checkpoint in (folder / "checkpoints").iterdir():
         text = (checkpoint / "config.yaml").read_text()
         (checkpoint / "config.yaml").write_text(text.replace("schedule: step", "schedule: cosine"))
+        record = json.loads((checkpoint / "state.json").read_text())
+        record["files"]["config.yaml"][0] += len("cosine") - len("step")
+        (checkpoint / "state.json").write_text(json.dumps(record))
     settings = [override, "optim.schedule=cosine"]
     assert start_of(load_config(finished, settings)).remarks == ()
     (remark,) = start_of(load_config(finished, [*settings, "train.max_steps=5"])).remarks
@@ -135,9 +138,48 @@ def test_a_folder_with_a_run_is_not_overwritten(finished, run, tmp_path):
 @pytest.mark.parametrize("record", ["{}", '{"state": {"step": 4}}', '{"state": {"stride": 4}, "signature": {}}', "[]"])
 def test_a_damaged_state_of_a_checkpoint_is_named(finished, run, record):
     folder, override = run
-    (folder / "checkpoints" / "step-00000004" / "state.json").write_text(record)
+    checkpoint = folder / "checkpoints" / "step-00000004"
+    (checkpoint / "state.json").write_text(record)
     with pytest.raises(CelError, match=r"step-00000004/state\.json is damaged"):
-        start_of(load_config(finished, [override]))
+        start_of(load_config(finished, [override]), str(checkpoint))
+
+
+def test_a_damaged_checkpoint_is_passed_over_with_a_warning(finished, run):
+    folder, override = run
+    config = load_config(finished, [override])
+    newest, older, oldest = sorted((folder / "checkpoints").iterdir(), reverse=True)[:3]
+    weights = newest / "engine" / "mp_rank_00_model_states.pt"
+    os.truncate(weights, weights.stat().st_size - 1)
+    with (older / "model" / "encoder.safetensors").open("r+b") as file:
+        file.seek(-1, os.SEEK_END)
+        last = file.read(1)
+        file.seek(-1, os.SEEK_END)
+        file.write(bytes([last[0] ^ 1]))
+    # What a start looks at in any case are sizes; the bytes are compared once, by the process that holds the folder.
+    start = start_of(config)
+    assert start.checkpoint == older
+    (remark,) = start.remarks
+    assert f"{newest} is damaged: engine/mp_rank_00_model_states.pt has " in remark
+    start = find_start(config, steps_per_epoch=5, num_ranks=1, resume="auto", contents=True)
+    assert (start.checkpoint, start.state.step) == (oldest, 2)
+    assert "encoder.safetensors has other bytes than were written" in start.remarks[1]
+    with pytest.raises(CelError, match="is damaged: engine/mp_rank_00"):
+        start_of(config, str(newest))
+    for checkpoint in (folder / "checkpoints").iterdir():
+        (checkpoint / "config.yaml").unlink()
+    with pytest.raises(CelError, match="no checkpoint before it is whole either: remove"):
+        start_of(config)
+
+
+def test_a_checkpoint_holds_what_a_run_needs_to_go_on(finished):
+    checkpoint = finished.parent / "run" / "checkpoints" / "step-00000004"
+    record = json.loads((checkpoint / "state.json").read_text())
+    assert record["stream"] == {"epoch": 0, "step": 4}
+    assert (record["num_ranks"], record["state"]["step"], record["state"]["skipped"]) == (1, 4, 0)
+    assert set(record["versions"]) == {"cel_dist", "torch", "deepspeed"}
+    on_disk = {path.relative_to(checkpoint).as_posix() for path in checkpoint.rglob("*") if path.is_file()}
+    assert on_disk == {*record["files"], "state.json"}
+    assert {"config.yaml", "random/rank-00000.pt", "engine/mp_rank_00_model_states.pt"} < on_disk
 
 
 def test_the_best_model_counts_only_while_it_is_there_and_of_the_same_list(finished, run):

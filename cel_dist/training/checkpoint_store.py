@@ -254,7 +254,7 @@ class CheckpointStore:
 def _store() -> Any:
     """Where the process group's ranks found each other."""
     c10d = dist.distributed_c10d
-    return c10d.PrefixStore("checkpoint", c10d._get_default_store())  # type: ignore[attr-defined]
+    return c10d.PrefixStore("checkpoint", c10d._get_default_store())
 
 
 def _write_files(folder: Path, content: dict[str, Any]) -> Files:

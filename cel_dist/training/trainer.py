@@ -126,6 +126,7 @@ class Trainer:
         seed_all(config.train.seed, world.rank)
         if start.checkpoint is not None and start.saved is not None:
             self._load(start.checkpoint, start.saved, is_own=start.is_own)
+        self.is_fork = start.checkpoint is not None and not start.is_own
         steps_left = self.total_steps - self.state.step
         self.profile = StepProfile.of(config, steps_left, self.state.step, device) if world.is_main else StepProfile()
         self.records: Records | None = None
@@ -141,6 +142,8 @@ class Trainer:
         first_step, step_seconds = self.state.step, 0.0
         status: Literal["FINISHED", "FAILED", "KILLED"] = "FAILED"
         try:
+            if self.is_fork:
+                self._save_checkpoint()
             if self._is_evaluation_missing():
                 self._validate()
             self.profile.start()
