@@ -1,6 +1,8 @@
 """What goes wrong in a run: found before it starts where that is possible, else the failure of all ranks at once."""
 
+import contextlib
 import functools
+import math
 import os
 import re
 import shutil
@@ -21,6 +23,7 @@ from cel_dist.distributed import free_port
 from cel_dist.errors import CelError, RunError
 from cel_dist.launcher import launch
 from cel_dist.model import load_model
+from cel_dist.training.checkpoint import complete_checkpoints
 from cel_dist.training.start import find_start
 
 
@@ -102,31 +105,74 @@ def test_audio_that_one_rank_cannot_read_is_counted_by_all_and_too_much_of_it_st
     assert not has_mlflow
 
 
-def train_with_a_poisoned_gradient(config):
-    """Train; at the third step rank 1 alone finds a gradient that is not finite. The failure, and whether anything was
-    updated after that."""
+def train_with_poison(config, poisoned, overrides=()):
+    """Train; rank 1 alone finds a gradient that is not finite at the steps `poisoned`, and features that are not at the
+    first of them. The outcome, and the encoder before and after each of these steps."""
     from cel_dist.engine import Engine
 
-    genuine, seen = Engine.gradient_norm, []
+    genuine_pass, genuine_norm, genuine_discard, seen = (
+        Engine.forward_backward,
+        Engine.gradient_norm,
+        Engine.discard,
+        [],
+    )
+    count = 0
+
+    def encoder_of(engine):
+        return {name: value.clone() for name, value in engine.encoder_state().items()}
+
+    def forward_backward(engine, features, ids):
+        nonlocal count
+        count += 1
+        if count in poisoned:
+            seen.append(encoder_of(engine))
+        if count == min(poisoned) and os.environ["RANK"] == "1":
+            features[0] = float("nan")
+        return genuine_pass(engine, features, ids)
 
     def gradient_norm(engine):
-        norm = genuine(engine)
-        seen.append((engine, {name: value.clone() for name, value in engine.encoder_state().items()}))
-        return norm * float("nan") if len(seen) == 3 and os.environ["RANK"] == "1" else norm
+        norm = genuine_norm(engine)
+        return norm * float("nan") if count in poisoned and os.environ["RANK"] == "1" else norm
 
-    Engine.gradient_norm = gradient_norm
-    message = train_job(config)
-    engine, before = seen[-1]
-    after = engine.encoder_state()
-    return message, len(seen), all(torch.equal(before[name], after[name]) for name in before)
+    def discard(engine):
+        genuine_discard(engine)
+        seen.append(encoder_of(engine))
+
+    Engine.forward_backward, Engine.gradient_norm, Engine.discard = forward_backward, gradient_norm, discard
+    outcome = train_job(config, overrides)
+    pairs = zip(seen[::2], seen[1::2], strict=True)
+    return outcome, [all(torch.equal(before[name], after[name]) for name in before) for before, after in pairs]
 
 
-def test_a_gradient_that_is_not_finite_on_one_rank_stops_all_before_the_optimizer(config, tmp_path):
-    outcomes = run_world(2, train_with_a_poisoned_gradient, config(), folder=tmp_path / "world")
-    for message, steps, is_unchanged in outcomes:
-        assert message.startswith("RunError: step 3 (epoch 0): loss ")
-        assert "gradient norm nan; nothing was updated and the last good state is" in message
-        assert (steps, is_unchanged) == (3, True)
+@pytest.mark.parametrize("stage", [0, 2, 3])
+def test_a_step_that_is_not_finite_on_one_rank_is_skipped_by_all(config, stage, tmp_path):
+    file = config(engine={"zero_stage": stage}, train={"log_every": 2})
+    outcomes = run_world(2, train_with_poison, file, (2, 3), folder=tmp_path / "world")
+    for result, are_unchanged in outcomes:
+        assert result["steps"] == 5
+        assert are_unchanged == [True, True]
+    rows = records(tmp_path / "run")
+    assert [(row["step"], row["skipped"]) for row in rows] == [(2, 1), (4, 2), (5, 2)]
+    assert all(math.isfinite(row[name]) for row in rows for name in ("loss", "grad_norm", "w"))
+    first, second = records(tmp_path / "run", "skipped.jsonl")
+    assert (first["step"], first["epoch"], second["step"]) == (2, 0, 3)
+    shards = ShardFolder.open(load_config(file).data.shards)
+    plan = Plan(shards.index, segment_samples=load_config(file).segment_samples, batch_size=8, short="drop", seed=0)
+    assert first["ids"] == plan.batch(0, 1).ids.tolist()
+    # The first row of rank 1.
+    assert first["not_finite"] == [first["ids"][4]]
+    # Global batch norm carries it to the rows of all ranks.
+    assert "rank 0 has embeddings that are not finite in 4 of 4 utterances; rank 1 has" in first["reason"]
+    assert (second["not_finite"], "gradient norm nan" in second["reason"]) == ([], True)
+
+
+def test_too_many_skipped_steps_stop_all(config, tmp_path):
+    settings = ["train.max_skipped_steps=1"]
+    outcomes = run_world(2, train_with_poison, config(), (3, 4), settings, folder=tmp_path / "world")
+    for message, _ in outcomes:
+        assert message.startswith("RunError: step 4 (epoch 0): loss ")
+        assert "the last 2 batches were skipped, their samples are in" in message
+    assert len(records(tmp_path / "run", "skipped.jsonl")) == 2
     (checkpoint,) = re.findall(r"--resume (\S+)", outcomes[0][0])
     assert load_model(checkpoint).description.training.step == 2
     # What the message advises is accepted.
@@ -134,16 +180,89 @@ def test_a_gradient_that_is_not_finite_on_one_rank_stops_all_before_the_optimize
     assert find_start(fork, steps_per_epoch=5, num_ranks=2, resume=checkpoint).state.step == 2
 
 
-def test_a_full_disk_costs_one_checkpoint_and_no_other(config, mount_disk, tmp_path):
+def train_on_a_small_disk(config, disk):
+    """Train; while the second and the fourth checkpoint are written, the disk is full."""
+    from cel_dist.training.checkpoint_store import CheckpointStore
+
+    save, settle = CheckpointStore.save, CheckpointStore.settle
+    filler = disk / "filler"
+
+    def save_on_a_full_disk(store, engine, model, saved):
+        store.settle()
+        is_full = saved.state.step in (2, 4)
+        if is_full and os.environ["RANK"] == "0":
+            fill(filler)
+        torch.distributed.barrier()
+        save(store, engine, model, saved)
+        try:
+            settle(store)
+        except RunError:
+            assert is_full
+            # What was said is known; the end of the run is about its own checkpoint.
+        torch.distributed.barrier()
+        filler.unlink(missing_ok=True)
+
+    CheckpointStore.save, CheckpointStore.settle = save_on_a_full_disk, lambda store: None
+    return train_job(config)
+
+
+def fill(file):
+    with file.open("wb", buffering=0) as stream, contextlib.suppress(OSError):
+        while True:
+            stream.write(bytes(1 << 16))
+
+
+def test_a_disk_that_is_full_during_a_checkpoint_costs_that_one_and_no_other(config, mount_disk, tmp_path):
+    disk = mount_disk(120 << 10)
+    checkpoint = {"every_steps": 1, "keep_last": 3}
+    file = config(run={"dir": str(disk / "run")}, checkpoint=checkpoint, engine={"zero_stage": 2})
+    for result in run_world(2, train_on_a_small_disk, file, disk, folder=tmp_path / "world"):
+        assert result["steps"] == 5
+    assert [path.name for path in complete_checkpoints(disk / "run" / "checkpoints")] == [
+        f"step-0000000{step}" for step in (1, 3, 5)
+    ]
+    assert not list((disk / "run" / "checkpoints").glob(".*"))
+    assert [row["step"] for row in records(disk / "run")] == [1, 2, 3, 4, 5]
+
+
+def test_a_last_checkpoint_that_does_not_fit_fails_the_run_and_leaves_the_others(config, mount_disk, tmp_path):
     small_disk = mount_disk(40 << 10)
     file = config(run={"dir": str(small_disk / "run")}, checkpoint={"every_steps": 1}, engine={"zero_stage": 2})
     for message in run_world(2, train_job, file, folder=tmp_path / "world"):
         assert message.startswith("RunError: ")
-        assert re.search(r"checkpoint \S+step-00000002 cannot be written: .*make room", message)
+        assert re.search(r"checkpoint \S+step-00000005 cannot be written: .*make room", message)
         assert "\n" not in message
     (checkpoint,) = (small_disk / "run" / "checkpoints").iterdir()
     assert find_start(load_config(file), steps_per_epoch=5, num_ranks=2, resume="auto").checkpoint == checkpoint
     assert load_model(checkpoint).description.training.step == 1
+
+
+def train_with_too_little_memory(config, overrides=()):
+    """Train; every address beyond what the process has at the first step is refused."""
+    import resource
+
+    from cel_dist.engine import Engine
+
+    genuine = Engine.forward_backward
+
+    def forward_backward(engine, features, ids):
+        pages = int(Path("/proc/self/statm").read_text().split()[0])
+        limit = pages * resource.getpagesize() + (1 << 20)
+        resource.setrlimit(resource.RLIMIT_AS, (limit, resource.RLIM_INFINITY))
+        try:
+            return genuine(engine, features, ids)
+        finally:
+            resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+
+    Engine.forward_backward = forward_backward
+    return train_job(config, overrides)
+
+
+def test_a_rank_without_memory_names_the_settings_that_take_it(config, tmp_path):
+    (message,) = run_world(1, train_with_too_little_memory, config(), folder=tmp_path / "world")
+    assert message.startswith("RunError: rank 0 ran out of memory (")
+    assert "raise train.encode_chunks=1 (parts of the 8 rows of a rank), or set train.precision=bf16" in message
+    assert "train.batch_size=8" in message
 
 
 def test_a_model_that_mlflow_does_not_take_costs_neither_summary_nor_report(config, tmp_path):
