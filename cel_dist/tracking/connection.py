@@ -65,8 +65,10 @@ def connect(uri: str) -> Any:
     """
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
-    # It would tell of every single retry; that a server does not answer is told once, by who asked it.
-    logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)
+    # They would tell of every single retry, the second with pages of traceback; that a server does not answer, or that
+    # a database is locked, is told once, by who asked it.
+    for name in ("urllib3.connectionpool", "mlflow.store.db.utils"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
     parts = urlsplit(uri)
     kind = parts.scheme.partition("+")[0]
     if kind in ("", "file"):
