@@ -1,4 +1,5 @@
-"""Real stores for tests, each a process on the loopback: nginx, an S3 server, and a proxy that breaks connections."""
+"""Real stores for tests, each a process on the loopback: nginx, an S3 server, PostgreSQL, and a proxy that breaks
+connections."""
 
 import os
 import re
@@ -6,12 +7,14 @@ import shutil
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -115,6 +118,40 @@ def s3(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
         finally:
             process.terminate()
             process.wait()
+
+
+@contextmanager
+def postgres(user: str, password: str) -> Iterator[int]:
+    """PostgreSQL with a database and a user of that name; its port."""
+    installed = sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb"))
+    initdb = installed[-1] if installed else shutil.which("initdb")
+    if initdb is None:
+        pytest.skip("PostgreSQL is not installed; with apt: apt-get install postgresql")
+    programs = Path(initdb).parent
+    # It refuses to run as root, and another user cannot enter pytest's folders.
+    account = {"user": "postgres"} if os.geteuid() == 0 else {}
+    port = free_port()
+    with tempfile.TemporaryDirectory(prefix="postgres-") as root:
+        folder = Path(root)
+        (folder / "password").write_text(password)
+        if account:
+            for path in (folder, folder / "password"):
+                shutil.chown(path, "postgres")
+        options: dict[str, Any] = {"cwd": folder, **account}
+        command = [initdb, "--pgdata=data", f"--username={user}", "--pwfile=password", "--auth=scram-sha-256"]
+        command += ["--no-sync", "--encoding=UTF8", "--locale=C"]
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL, **options)
+        # Sockets in the folder, because the system's may be another user's.
+        listening = f"-h 127.0.0.1 -p {port} -k {folder} -c fsync=off"
+        control = [programs / "pg_ctl", "--pgdata=data", "--wait", "--silent"]
+        subprocess.run([*control, "--log=log", f"--options={listening}", "start"], check=True, **options)
+        try:
+            command = [programs / "createdb", "--host=127.0.0.1", f"--port={port}", f"--username={user}", user]
+            subprocess.run(command, check=True, env={**os.environ, "PGPASSWORD": password})
+            yield port
+        finally:
+            # Closing the connections that are open.
+            subprocess.run([*control, "--mode=fast", "stop"], check=True, **options)
 
 
 @dataclass

@@ -20,7 +20,7 @@ STEPS = 2
 
 
 class OddEncoder(nn.Module):
-    """Sizes that no number of ranks divides, and buffers; no bias right before the norm, where its gradient is rounding."""
+    """Sizes that no number of ranks divides, and buffers; no bias before the norm, where its gradient is rounding."""
 
     def __init__(self):
         super().__init__()
