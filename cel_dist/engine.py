@@ -126,8 +126,8 @@ class Engine:
 
     @property
     def problem(self) -> str | None:
-        """Why the loss of the last batch is not a number, where the objective knows."""
-        problem: str | None = getattr(self.objective, "problem", None)
+        """What was wrong with the last batch, where the loss knows."""
+        problem: str | None = getattr(self.objective.get_submodule("loss"), "problem", None)
         return problem
 
     def forward_backward(self, features: Tensor, ids: Tensor | None = None) -> Any:

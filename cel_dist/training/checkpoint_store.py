@@ -102,7 +102,7 @@ class CheckpointStore:
             model: the encoder as it is now; rank 0's is written.
             saved: what the checkpoint says of the run.
         """
-        self._wait()
+        self.wait()
         self._number += 1
         content = {f"{FOLDER}/{name}": value for name, value in engine.snapshot().items()}
         content[f"{RANDOM}/rank-{self._world.rank:05d}.pt"] = random_state(self._device)
@@ -118,6 +118,11 @@ class CheckpointStore:
         if self._world.is_main:
             self._begin(self._note, replace(state))
 
+    def wait(self) -> None:
+        """Wait until this rank has nothing more to write, whatever became of it."""
+        while self._pending:
+            self._pending.pop(0).result()
+
     def settle(self) -> None:
         """Wait until the newest checkpoint is on disk.
 
@@ -125,7 +130,7 @@ class CheckpointStore:
             RunError: it could not be written. All ranks raise.
         """
         with raised_together(self._world):
-            self._wait()
+            self.wait()
             if self._failure is not None:
                 raise self._failure
 
@@ -159,10 +164,6 @@ class CheckpointStore:
 
     def _begin(self, function: Callable[..., None], *arguments: Any) -> None:
         self._pending.append(self._thread.submit(function, *arguments))
-
-    def _wait(self) -> None:
-        while self._pending:
-            self._pending.pop(0).result()
 
     def _temporary(self, step: int) -> Path:
         return self._folder / f".writing-{folder_name(step)}"

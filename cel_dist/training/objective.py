@@ -28,9 +28,6 @@ class Objective(nn.Module):
         loss: the equilibrium loss over all ranks.
         views: `separate` passes the views one by one, so that batch norm normalises each by its own statistics, as in
             the published implementation; `joint` passes them together.
-
-    Attributes:
-        problem: why the loss of the last batch is not a number, where its embeddings were of no use; else None.
     """
 
     def __init__(self, encoder: nn.Module, loss: EquilibriumLoss, views: Literal["separate", "joint"]) -> None:
@@ -38,7 +35,6 @@ class Objective(nn.Module):
         self.encoder = encoder
         self.loss = loss
         self._joint = views == "joint"
-        self.problem: str | None = None
 
     def forward(self, step: Literal["whole", "embed", "compare", "pull"], *inputs: Any) -> Any:
         """One step of the objective.
@@ -68,17 +64,32 @@ class Objective(nn.Module):
         return torch.stack([self.encoder(features[:, view]) for view in range(num_views)], dim=1)
 
     def _compare(self, embeddings: Tensor, ids: Tensor | None) -> LossOutput:
+        output: LossOutput = self.loss(embeddings, ids)
+        return output
+
+
+class TrainingLoss(EquilibriumLoss):
+    """An equilibrium loss that is not a number where embeddings are of no use, instead of an error.
+
+    An error in the middle of a forward pass would leave the engine's hooks there. A loss that is not a number takes the
+    way of any other, through the backward pass, to where all ranks skip the step.
+
+    Attributes:
+        problem: what was wrong with the last batch; None if nothing was.
+    """
+
+    problem: str | None = None
+
+    def forward(self, x: Tensor, ids: Tensor | None = None) -> LossOutput:
+        """As that of `EquilibriumLoss`, but for EmbeddingsError."""
         self.problem = None
         try:
-            output: LossOutput = self.loss(embeddings, ids)
+            return super().forward(x, ids)
         except EmbeddingsError as error:
-            # On all ranks alike. Left alone, it would leave the engine's hooks in the middle of a pass; a loss that is
-            # not a number takes the way of any other, up to where the step is skipped.
             self.problem = str(error)
-            parameters = (parameter.sum() for parameter in self.loss.parameters())
-            loss = math.nan * sum(parameters, start=embeddings.sum())
+            parameters = (parameter.sum() for parameter in self.parameters())
+            loss = math.nan * sum(parameters, start=x.float().sum())
             return LossOutput(loss, *(loss.detach() for _ in LossOutput._fields[1:]))
-        return output
 
 
 def new_objective(config: Config, encoder: nn.Module, group: dist.ProcessGroup | None, on_gpu: bool) -> Objective:
@@ -90,7 +101,7 @@ def new_objective(config: Config, encoder: nn.Module, group: dist.ProcessGroup |
         group: the ranks that share the batch.
         on_gpu: whether it is going to compute on a GPU.
     """
-    loss = EquilibriumLoss(
+    loss = TrainingLoss(
         similarity=config.loss.similarity,
         pairs=config.loss.pairs,
         t=config.loss.t,

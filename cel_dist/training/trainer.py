@@ -314,6 +314,9 @@ class Trainer:
         if self.config.eval.trials is None and self.state.step < self.total_steps:
             return
         result = self.validation.evaluate(self.engine, self.state)
+        # What is being written may take the last room of a disk, and give it back.
+        self.checkpoints.wait()
+        self.validation.keep_best()
         if result is None:
             return
         with raised_together(self.world):

@@ -35,6 +35,7 @@ class Validation:
         self._config, self._world = config, world
         self._run_dir: Path = config.run.dir
         self._steps_per_epoch = steps_per_epoch
+        self._best: tuple[SpeakerModel, Evaluation | None] | None = None
         self._encoder: nn.Module = new_encoder(config).to(device)
 
     def model(self, engine: Engine, step: int) -> SpeakerModel:
@@ -54,18 +55,17 @@ class Validation:
         return SpeakerModel(self._encoder, description)
 
     def evaluate(self, engine: Engine, state: TrainState) -> Evaluation | None:
-        """Evaluate on the validation list, note the outcome in `state`, and keep the model if it is the best so far.
+        """Evaluate on the validation list, and note the outcome in `state`; `keep_best` is to follow.
 
         Returns:
             What was measured. None without a list: then the model is the best because it is the last.
 
         Raises:
             CelError: audio of the list cannot be used. All ranks raise.
-            RunError: the model folder cannot be written. All ranks raise.
         """
         model = self.model(engine, state.step)
+        self._best = (model, None)
         if self._config.eval.trials is None or self._config.eval.root is None:
-            self._keep(model, None)
             return None
         result = evaluate(model, self._config.eval.trials, self._config.eval.root, world=self._world)
         state.evaluated_step = state.step
@@ -73,10 +73,21 @@ class Validation:
             state.first_eer = result.eer
         if state.best_eer is None or result.eer < state.best_eer:
             state.best_eer, state.best_step = result.eer, state.step
-            self._keep(model, result)
+            self._best = (model, result)
+        else:
+            self._best = None
         return result
 
-    def _keep(self, model: SpeakerModel, result: Evaluation | None) -> None:
+    def keep_best(self) -> None:
+        """Write the model that was evaluated last, if it is the best so far.
+
+        Raises:
+            RunError: the model folder cannot be written. All ranks raise.
+        """
+        best, self._best = self._best, None
+        if best is None:
+            return
+        model, result = best
         with raised_together(self._world):
             if not self._world.is_main:
                 return
