@@ -91,7 +91,14 @@ def test_all_changed_settings_are_named_and_other_data_is_noticed(finished):
 
 
 def test_length_reports_and_places_may_change(finished):
-    free = ["train.max_steps=9", "train.epochs=7", "train.log_every=3", "train.threads=2", "data.workers=1"]
+    free = [
+        "train.max_steps=9",
+        "train.epochs=7",
+        "train.log_every=3",
+        "train.threads=2",
+        "train.profile_steps=2",
+        "data.workers=1",
+    ]
     free += ["checkpoint.every_steps=7", "tracking.experiment=other", "eval.every_epochs=2", "run.name=other"]
     start = start_of(load_config(finished, free))
     assert (start.state.step, start.result, start.remarks) == (4, None, ())
