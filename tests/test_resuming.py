@@ -91,14 +91,7 @@ def test_all_changed_settings_are_named_and_other_data_is_noticed(finished):
 
 
 def test_length_reports_and_places_may_change(finished):
-    free = [
-        "train.max_steps=9",
-        "train.epochs=7",
-        "train.log_every=3",
-        "train.threads=2",
-        "train.profile_steps=2",
-        "data.workers=1",
-    ]
+    free = ["train.max_steps=9", "train.epochs=7", "train.log_every=3", "train.threads=2", "data.workers=1"]
     free += ["checkpoint.every_steps=7", "tracking.experiment=other", "eval.every_epochs=2", "run.name=other"]
     start = start_of(load_config(finished, free))
     assert (start.state.step, start.result, start.remarks) == (4, None, ())
@@ -124,7 +117,7 @@ def test_a_finished_run_is_left_as_it_is(finished, run):
     assert done.returncode == 0, done.stderr[-3000:]
     assert json.loads(done.stdout) == summary
     assert done.stderr.startswith("nothing to do: ")
-    result = train(load_config(finished, [override, "train.max_steps=3", "train.log_every=9"]))
+    result = train(load_config(finished, [override, "train.max_steps=3", "train.profile_steps=9"]))
     assert (result.steps, result.eer) == (4, summary["eer"])
     assert content(folder) == before
 
