@@ -77,7 +77,9 @@ def test_the_line_of_an_interval_fits_a_terminal_and_stays_aligned():
     assert "EER   -" in before
     # Numbers that are not known are not made up, and those that matter are not kept back.
     short = {name: VALUES[name] for name in VALUES if name not in ("w", "eta_seconds")}
-    assert interval_line(3, None, 0, {**short, "faults": 2}, None, NOW).endswith("1.2 GiB  2 unreadable")
+    assert interval_line(3, None, 0, {**short, "faults": 2, "skipped": 1}, None, NOW).endswith(
+        "GiB  2 unreadable  1 skipped"
+    )
     assert interval_line(3, 9, 0, {**VALUES, "eta_seconds": 400_000}, None, NOW).endswith("ETA 4d15h, 05-06 05:06")
     assert evaluation_line(9, 10, 1, 0.1234, 0.5).endswith("epoch 1  validation EER 12.34 %  minDCF 0.5000")
 

@@ -126,7 +126,7 @@ def test_a_finished_run_is_left_as_it_is(finished, run):
     assert done.returncode == 0, done.stderr[-3000:]
     assert json.loads(done.stdout) == summary
     assert done.stderr.startswith("nothing to do: ")
-    result = train(load_config(finished, [override, "train.max_steps=3", "train.log_every=9"]))
+    result = train(load_config(finished, [override, "train.max_steps=3", "train.profile_steps=9"]))
     assert (result.steps, result.eer) == (4, summary["eer"])
     assert content(folder) == before
 

@@ -314,6 +314,9 @@ def test_the_load_of_the_machine_is_recorded_if_asked_for(database: str, tmp_pat
         run = tmp_path / str(is_wanted)
         run.mkdir()
         for _ in range(2):
+            if is_wanted and (run / "system_metrics.jsonl").exists():
+                with (run / "system_metrics.jsonl").open("a") as file:
+                    file.write('{"step": 99, "ti')
             config = settings(
                 database,
                 experiment="records",

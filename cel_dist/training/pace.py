@@ -68,6 +68,8 @@ def interval_line(
     parts.append(f"{values['memory_gib']:.1f} GiB")
     if values.get("faults"):
         parts.append(f"{values['faults']:.0f} unreadable")
+    if values.get("skipped"):
+        parts.append(f"{values['skipped']:.0f} skipped")
     if "eta_seconds" in values:
         parts.append(_end(values["eta_seconds"], now))
     return "  ".join(parts)
