@@ -3,6 +3,7 @@
     python benchmarks/scaling.py             # counts and times worlds of 1, 2 and 4 ranks, some minutes
     python benchmarks/scaling.py --quick     # counts only, worlds of 1 and 2, stages 0 and 3
     python benchmarks/scaling.py --table     # the files again from what was counted and timed
+    python benchmarks/scaling.py --table --encoder-tflops 25 --results DIR      # for another accelerator
 
 Counted: every collective of a step of `cel train`, as `scaling_ranks.py` sees it. Formulas: `scaling_words.py`. The
 model: `scaling_model.py`. What it means is in docs/scaling.md.
@@ -21,7 +22,7 @@ from typing import Any
 
 import numpy as np
 import soundfile
-from scaling_model import flops, modelled, shipped_encoder
+from scaling_model import Accelerator, flops, modelled, shipped_encoder
 from scaling_report import write
 from scaling_words import Step, sent
 
@@ -177,6 +178,9 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="fewer worlds, and no times")
     parser.add_argument("--table", action="store_true", help="measure nothing, write the files again")
     parser.add_argument("--busy", action="store_true", help="note that other processes were running")
+    for part, rate in (("encoder", Accelerator.encoder_rate), ("loss", Accelerator.loss_rate)):
+        told = f"what an accelerator of the model sustains on the {part}; {rate / 1e12:g} if not given"
+        parser.add_argument(f"--{part}-tflops", type=float, default=rate / 1e12, metavar="X", help=told)
     parser.add_argument("--results", type=Path, default=RESULTS, metavar="DIR")
     options = parser.parse_args()
     file = options.results / "scaling.json"
@@ -194,7 +198,8 @@ def main() -> None:
         }
         report["flops"] = flops()
     report["compared"] = compare(report["counts"])
-    report["model"] = modelled(report["flops"], report["counts"])
+    accelerator = Accelerator(1e12 * options.encoder_tflops, 1e12 * options.loss_tflops)
+    report["model"] = modelled(report["flops"], report["counts"], accelerator)
     options.results.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps(report, indent=1) + "\n")
     write(report, file.with_suffix(".md"))

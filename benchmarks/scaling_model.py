@@ -185,9 +185,9 @@ def agreement_of(counts: list[dict]) -> list[Sent]:
     return [Sent(s["part"], s["kind"], s["number"], s["given"]) for s in row["sent"] if s["part"] == "agreement"]
 
 
-def modelled(work: dict[str, float], counts: list[dict]) -> dict[str, Any]:
+def modelled(work: dict[str, float], counts: list[dict], accelerator: Accelerator) -> dict[str, Any]:
     """Everything that the tables show."""
-    accelerator, agreement = Accelerator(), agreement_of(counts)
+    agreement = agreement_of(counts)
     encoders = (shipped_encoder(), wide_encoder())
     words, grid, variants = [], [], []
     for encoder in encoders:

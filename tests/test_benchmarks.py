@@ -89,3 +89,10 @@ def test_the_tables_of_scaling_are_written_again_without_measuring(tmp_path: Pat
         assert 0 < efficiency < 1
         if (encoder, network, share, 4 * ranks) in grid:
             assert grid[encoder, network, share, 4 * ranks] < efficiency
+
+    # An encoder that is computed faster waits for the same network.
+    command += ["--encoder-tflops", "25"]
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    faster = json.loads((tmp_path / "scaling.json").read_text())["model"]["grid"]
+    assert all(row["efficiency"] < grid[row["encoder"], row["network"], row["b"], row["W"]] for row in faster)
