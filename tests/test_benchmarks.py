@@ -59,3 +59,40 @@ def test_the_table_of_the_global_loss_is_written_again_without_measuring(tmp_pat
             gathered, all_rows = row["b"] * (2 * row["d"] + 2), 2 * row["K"] * row["d"]
             assert row["words"] == {"tiles": gathered + 2 * (2 * row["b"] + 8), "materialised": gathered + all_rows}
             assert set(row["collectives"].values()) == {2}
+
+
+def test_the_tables_of_scaling_are_written_again_without_measuring(tmp_path: Path) -> None:
+    stored = PROJECT / "benchmarks/results/scaling.json"
+    shutil.copy(stored, tmp_path)
+    command = [sys.executable, PROJECT / "benchmarks/scaling.py", "--table", "--results", tmp_path]
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "scaling.md").read_text() == stored.with_suffix(".md").read_text()
+    report = json.loads((tmp_path / "scaling.json").read_text())
+    assert report == json.loads(stored.read_text())
+
+    # Everything that was counted is what the formulas of today say; a world of one sends nothing.
+    assert all(row["counted"] == row["formula"] for row in report["compared"])
+    assert {row["W"] for row in report["compared"]} == {2, 4}
+    assert {row["W"] for row in report["times"]} == {1, 2, 4}
+    for row in report["counts"]:
+        told = [sent for sent in row["sent"] if sent["part"] == "agreement"]
+        assert sum(sent["given"] for sent in told) < 1024, "the training loop tells more than a few scalars"
+    # The document quotes the model.
+    sys.path.append(str(PROJECT / "benchmarks"))
+    from scaling_report import efficiency_rows
+
+    document = (PROJECT / "docs/scaling.md").read_text()
+    assert [row for row in efficiency_rows(report) if row not in document] == []
+    grid = {(row["encoder"], row["network"], row["b"], row["W"]): row["efficiency"] for row in report["model"]["grid"]}
+    for (encoder, network, share, ranks), efficiency in grid.items():
+        assert 0 < efficiency < 1
+        if (encoder, network, share, 4 * ranks) in grid:
+            assert grid[encoder, network, share, 4 * ranks] < efficiency
+
+    # An encoder that is computed faster waits for the same network.
+    command += ["--encoder-tflops", "25"]
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    faster = json.loads((tmp_path / "scaling.json").read_text())["model"]["grid"]
+    assert all(row["efficiency"] < grid[row["encoder"], row["network"], row["b"], row["W"]] for row in faster)

@@ -1,4 +1,5 @@
-"""Fifty steps of two ranks, under every ZeRO stage and in bf16, give the losses of stage 0 in fp32.
+"""Fifty steps of two ranks, under every ZeRO stage and in bf16, give the losses of stage 0 in fp32, and send what the
+formulas of `benchmarks/scaling_words.py` say.
 
 The tolerances are some three to five times what was seen (torch 2.13.0, DeepSpeed 0.19.8, x86_64). Between the
 stages that was nothing, because a sum over two ranks has only one order. One process with all rows sums them in another
@@ -6,6 +7,9 @@ order, which came to 6e-7 of losses that go from 2.5 to -1.9. Rate and encoder a
 it: with two blocks instead of one it grew to 3e-3.
 """
 
+import sys
+from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -21,7 +25,10 @@ from cel_dist.encoders.pooling import SelfAttentivePooling
 from cel_dist.losses import EquilibriumLoss
 from cel_dist.training.objective import Objective, new_objective
 
-BATCH, VIEWS, MELS, FRAMES, NUM_STEPS, RATE = 16, 2, 40, 16, 50, 1e-3
+# Scripts, not a package.
+sys.path.append(str(Path(__file__).resolve().parent.parent / "benchmarks"))
+
+BATCH, VIEWS, MELS, FRAMES, DIM, NUM_STEPS, RATE = 16, 2, 40, 16, 32, 50, 1e-3
 NUM_SPEAKERS = 64
 RUNS = {
     "stage 0": (0, "fp32"),
@@ -42,7 +49,7 @@ class SmallResNet(nn.Module):
         self.stem_norm = nn.BatchNorm2d(8)
         self.block = ResidualBlock(8, 16, 2)
         self.pooling = SelfAttentivePooling(16)
-        self.projection = nn.Linear(16, 32)
+        self.projection = nn.Linear(16, DIM)
 
     def forward(self, features: Tensor) -> Tensor:
         maps = self.block(self.stem_norm(torch.relu(self.stem(features[:, None]))))
@@ -71,8 +78,9 @@ def settings(stage: int, precision: str) -> Config:
 
 
 def fifty_steps(stage: int, precision: str) -> dict[str, Any]:
-    """Losses, gradient norms and w of every step."""
+    """Losses, gradient norms and w of every step, and what the last one sends."""
     import torch.distributed as dist
+    from scaling_ranks import Counted
 
     from cel_dist.engine import Engine
 
@@ -82,12 +90,16 @@ def fifty_steps(stage: int, precision: str) -> dict[str, Any]:
     objective = new_objective(config, SmallResNet(), dist.group.WORLD, on_gpu=False)
     engine = Engine(objective, config, world, torch.device("cpu"))
     found: dict[str, Any] = {"losses": [], "norms": [], "scales": []}
+    ids, counted = torch.arange(BATCH)[world.rows(BATCH)], Counted()
     for batch in batches():
-        output = engine.forward_backward(batch[world.rows(BATCH)])
-        found["losses"].append(output.loss.item())
-        found["norms"].append(engine.gradient_norm().item())
-        engine.step(RATE)
+        is_last = len(found["losses"]) == NUM_STEPS - 1
+        with counted if is_last else nullcontext():
+            output = engine.forward_backward(batch[world.rows(BATCH)], ids)
+            found["losses"].append(output.loss.item())
+            found["norms"].append(engine.gradient_norm().item())
+            engine.step(RATE)
         found["scales"].append(engine.loss_scalars()["w"])
+    found["sent"] = counted.rows()
     return found
 
 
@@ -162,3 +174,16 @@ def test_bf16_follows_fp32(ranks, stage: int) -> None:
 def test_all_ranks_see_the_same_losses(ranks) -> None:
     first, second = ranks
     assert first == second
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_a_step_sends_what_the_formulas_say(ranks, stage: int) -> None:
+    from scaling_words import Encoder, Step, sent
+
+    encoder = SmallResNet()
+    norms = [module.num_features for module in encoder.modules() if isinstance(module, nn.BatchNorm2d)]
+    described = Encoder("small", tuple(p.numel() for p in encoder.parameters()), tuple(norms), DIM)
+    expected = {(s.part, s.kind): (s.number, s.given) for s in sent(Step(described, 2, BATCH // 2, stage))}
+    for rank in ranks:
+        found = {(s["part"], s["kind"]): (s["number"], s["given"]) for s in rank[f"stage {stage}"]["sent"]}
+        assert found == expected
