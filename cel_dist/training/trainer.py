@@ -4,7 +4,6 @@ import logging
 import math
 import os
 import time
-import traceback
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from importlib.metadata import version
@@ -20,11 +19,12 @@ from cel_dist.config_file import dump_config
 from cel_dist.data.files import atomic_write, sole_writer
 from cel_dist.description import EncoderDescription, ModelDescription, Provenance
 from cel_dist.distributed import World
-from cel_dist.engine import Engine, start_process_group, stop_process_group
+from cel_dist.engine import Engine
 from cel_dist.errors import CelError, RunError
 from cel_dist.evaluation import Evaluation, evaluate
 from cel_dist.evaluation.embed import raised_together
 from cel_dist.model import SpeakerModel
+from cel_dist.process_group import process_group
 from cel_dist.tracking import Tracker
 from cel_dist.training.batches import Batches, TrainBatch
 from cel_dist.training.checkpoint import CheckpointStore
@@ -34,6 +34,7 @@ from cel_dist.training.records import Interval, Records, writing
 from cel_dist.training.result import TrainResult
 from cel_dist.training.schedule import learning_rate, num_steps
 from cel_dist.training.start import Start, find_start, signature
+from cel_dist.watch import Watchdog
 
 __all__ = ["TrainResult", "Trainer", "initial_encoder", "train"]
 
@@ -62,16 +63,8 @@ def train(config: Config, resume: str = "auto") -> TrainResult:
         logger.info("%s", checked.start.result.nothing_to_do())
         return checked.start.result
     torch.set_num_threads(config.train.threads or max(1, _num_cores() // world.local_size))
-    device = start_process_group(world)
-    try:
-        with _sole_run(config.run.dir, world):
-            return Trainer(config, world, device, resume, checked).train()
-    except (CelError, RunError) as error:
-        # Frames in the traceback hold the engine, and with it the process group that is to end.
-        traceback.clear_frames(error.__traceback__)
-        raise
-    finally:
-        stop_process_group()
+    with process_group(world, config.engine) as (device, watchdog), _sole_run(config.run.dir, world):
+        return Trainer(config, world, device, resume, checked, watchdog).train()
 
 
 @contextmanager
@@ -93,8 +86,10 @@ def _num_cores() -> int:
 class Trainer:
     """One rank's part of a run: everything is built here, then `train` runs the loop."""
 
-    def __init__(self, config: Config, world: World, device: torch.device, resume: str, checked: Checked) -> None:
-        self.config, self.world, self.device = config, world, device
+    def __init__(
+        self, config: Config, world: World, device: torch.device, resume: str, checked: Checked, watchdog: Watchdog
+    ) -> None:
+        self.config, self.world, self.device, self.watchdog = config, world, device, watchdog
         self.run_dir = config.run.dir
         self.config_text = dump_config(config)
         self.plan = checked.plan
@@ -170,7 +165,10 @@ class Trainer:
     def train_step(self, interval: Interval) -> None:
         """Fetch and augment, forward and backward, check, update."""
         with raised_together(self.world):
+            self.watchdog.at(self.state.step + 1, "waiting for data")
             batch = next(self.batches)
+            # Before the ranks wait for each other, so that one that still waits for data is seen to be behind.
+            self.watchdog.at(self.state.step + 1, "computing")
         try:
             output = self.engine.forward_backward(batch.features, batch.ids)
         except CelError as error:
@@ -249,6 +247,7 @@ class Trainer:
             if self.state.step >= self.total_steps:
                 self._save_best(self._model(), None)
             return False
+        self.watchdog.at(self.state.step + 1, "evaluating", alone=True)
         model = self._model()
         result = evaluate(model, self.config.eval.trials, self.config.eval.root, world=self.world)
         self.state.evaluated_step = self.state.step
@@ -276,6 +275,7 @@ class Trainer:
             model.save(self.run_dir / "model")
 
     def _save_checkpoint(self) -> None:
+        self.watchdog.at(self.state.step + 1, "writing a checkpoint", alone=True)
         self.checkpoints.save(self.engine, self._model(), self.state)
 
     def _model(self) -> SpeakerModel:
@@ -348,6 +348,7 @@ class Trainer:
             model_uri=None,
             report=str(self.run_dir / "report.html"),
         )
+        self.watchdog.at(self.state.step + 1, "finishing", alone=True)
         with raised_together(self.world):
             if self.world.is_main and self.tracker:
                 self._conclude(result, self.tracker)
