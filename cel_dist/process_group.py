@@ -84,6 +84,9 @@ def process_group(world: World, settings: EngineSection) -> Iterator[tuple[torch
             watchdog.failed(_one_line(failure))
             if failure is error:
                 raise
+        except BaseException as error:
+            watchdog.failed(f"interrupted ({type(error).__name__})")
+            raise
         finally:
             stop_process_group()
     if failure is not None:
@@ -281,11 +284,13 @@ def _initialise(world: World, device: torch.device, store: c10d.Store, timeout_s
 
 
 def _is_of_a_collective(error: Exception) -> bool:
-    """Whether this is what a collective says when another rank, or the way to it, is gone."""
+    """Whether this is what a collective says when another rank, or the way to it, is gone, or was made of it."""
     if isinstance(error, dist.DistError):
         return True
     text = str(error).lower()
-    return type(error) is RuntimeError and ("gloo" in text or "nccl" in text)
+    if type(error) is RuntimeError and ("gloo" in text or "nccl" in text):
+        return True
+    return isinstance(error.__cause__, Exception) and _is_of_a_collective(error.__cause__)
 
 
 def _one_line(error: Exception) -> str:

@@ -79,7 +79,7 @@ class Rank:
 def _serve(module: str) -> None:
     import deepspeed  # noqa: F401
 
-    import cel_dist.process_group  # noqa: F401
+    import cel_dist.training.trainer  # noqa: F401
 
     main = __import__(module).main
     for line in sys.stdin:

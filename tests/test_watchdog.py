@@ -4,24 +4,30 @@ import itertools
 import os
 import select
 import signal
+import socket
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 from forked_ranks import Rank, Ranks
+from training_runs import write_config
 
 from cel_dist.distributed import free_port
+from cel_dist.watch import Limits
+from cel_dist.watch.roster import Position, Roster
 
 PEER_SECONDS, STEP_SECONDS = 3.0, 2.0
 
 
 class Job:
-    """Ranks that add up numbers, step by step."""
+    """Ranks that do `WHAT`; by default they add up numbers, step by step."""
 
-    def __init__(self, ranks: Ranks, folder: Path, places: list[int], size: int, **limits: float) -> None:
-        port = str(free_port())
+    def __init__(self, ranks: Ranks, folder: Path, places: list[int], size: int, **more: str) -> None:
         self.ranks = {
             rank: Rank(
                 ranks,
@@ -32,8 +38,7 @@ class Job:
                     "WORLD_SIZE": str(size),
                     "LOCAL_WORLD_SIZE": str(size),
                     "MASTER_ADDR": "127.0.0.1",
-                    "MASTER_PORT": port,
-                    "LIMITS": ",".join(f"{name}={value}" for name, value in limits.items()),
+                    **more,
                 },
             )
             for rank in places
@@ -57,10 +62,15 @@ def ranks() -> Iterator[Ranks]:
 def job(ranks, tmp_path) -> Iterator[Callable[..., Job]]:
     jobs: list[Job] = []
 
-    def start(places=(0, 1, 2), size=3, **limits) -> Job:
-        folder = tmp_path / str(len(jobs))
+    def start(places=(0, 1, 2), size=3, what="add", config="", port="", **limits) -> Job:
         limits = {"peer": PEER_SECONDS, "step": STEP_SECONDS, "start": 60.0, **limits}
-        jobs.append(Job(ranks, folder, list(places), size, **limits))
+        environment = {
+            "WHAT": what,
+            "CONFIG": config,
+            "LIMITS": ",".join(f"{name}={value}" for name, value in limits.items()),
+            "MASTER_PORT": port or str(free_port()),
+        }
+        jobs.append(Job(ranks, tmp_path / "jobs" / str(len(jobs)), list(places), size, **environment))
         return jobs[-1]
 
     yield start
@@ -163,6 +173,68 @@ def test_what_a_rank_says_of_its_own_failure_is_not_buried(job):
     assert "Connection closed" not in said
 
 
+def test_machines_that_are_gone_are_named_with_all_their_ranks():
+    limits = Limits(start=1800.0, step=600.0, peer=30.0)
+    roster = Roster(range(8), limits, 0.0)
+    for rank in range(8):
+        roster.came(rank, f"node-{rank // 3}", f"10.0.0.{rank // 3}", 0.0)
+    for now in (3.0, 6.0, 30.0, 35.0):
+        for rank in (0, 1, 2, *((3, 4, 5) if now < 5 else ()), *((6, 7) if now < 7 else ())):
+            roster.beat(rank, Position(2 * now, 117, "computing", False), now)
+    assert roster.lost(32.9, asked=False) is None
+    finding = roster.lost(33.5, asked=False)
+    assert (finding.kind, finding.ranks) == ("lost", (3, 4, 5, 6, 7))
+    assert finding.text.startswith(
+        "ranks 3-5 on node-1 (10.0.0.1) and ranks 6, 7 on node-2 (10.0.0.2) not heard of for 30 s, last at step 117"
+    )
+    # A watching process that stood still itself has no reason to complain.
+    roster.forgive(10.0)
+    assert roster.lost(43.0, asked=False) is None
+    # Words are heard before silence.
+    roster.failed(6, "the disk is full", 44.0)
+    assert roster.lost(44.0, asked=False) is None
+    assert roster.lost(44.0, asked=True).text == "rank 6 on node-2 (10.0.0.2) failed: the disk is full"
+    assert roster.lost(74.1, asked=False).kind == "failed"
+
+
+def test_a_connection_that_is_cut_is_made_again_and_strangers_are_not_heard(job):
+    running = job([0], what="reconnect")
+    lines, codes, said = running.errors(0)
+    assert (lines, codes) == ([], [0]), said
+
+
+def test_a_run_ends_with_exit_code_1_when_a_rank_stops_or_is_killed_and_goes_on(job, small_corpus, tmp_path):
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    for sent, steps, said in ((signal.SIGSTOP, 3, "not heard of for 3 s"), (signal.SIGKILL, 6, "ended without a word")):
+        config = write_config(
+            small_corpus,
+            tmp_path,
+            train={"epochs": 1000},
+            engine={"peer_timeout_seconds": PEER_SECONDS},
+        )
+        running = job([0, 1], size=2, what="train", config=str(config))
+        while not metrics.exists() or len(metrics.read_text().splitlines()) < steps:
+            assert running.ranks[0].poll() is None, running.ranks[0].errors()
+            time.sleep(0.01)
+        running.ranks[1].send(sent)
+        (line,), codes, log = running.errors(0)
+        assert codes == [1]
+        assert line.startswith("error: rank 1 on ")
+        assert said in line
+        assert "Traceback" not in log
+        running.ranks[1].send(signal.SIGKILL)
+    assert "from step 2 to" in log or "from step 4 to" in log
+
+
+def test_a_port_that_is_in_use_is_bad_input(job):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        running = job([0], port=str(taken.getsockname()[1]))
+        lines, codes, _ = running.errors(0)
+    assert codes == [2]
+    assert lines[0].startswith("error: port 127.0.0.1:")
+    assert lines[0].endswith("is in use; choose another one (MASTER_PORT, or --master_port)")
+
+
 def test_ranks_that_never_join_are_named(job):
     running = job([0, 2], size=4, start=1.0)
     lines, codes, _ = running.errors(0, 2)
@@ -172,14 +244,68 @@ def test_ranks_that_never_join_are_named(job):
 
 
 def main() -> int:
-    """One rank, which does at each step what it read on stdin."""
+    """What a rank does."""
+    return {"add": add, "train": train, "reconnect": reconnect}[os.environ["WHAT"]]()
+
+
+def train() -> int:
+    from cel_dist.train import main
+
+    return main([os.environ["CONFIG"]])
+
+
+def reconnect() -> int:
+    """Two watchdogs in one process, whose connection is cut between them, once for a moment and once for good."""
+    from cel_dist.distributed import World
+    from cel_dist.watch import Limits, Watchdog, listen
+
+    listener, between = listen(), socket.create_server(("127.0.0.1", 0))
+    # A stranger, who has no token and does not know the language.
+    where = ("127.0.0.1", listener.getsockname()[1])
+    stranger = socket.create_connection(where)
+    stranger.sendall(b'{"hello": 1, "token": "guessed", "host": "h"}\nGET / HTTP/1.0\n')
+
+    def carry(source: socket.socket, sink: socket.socket) -> None:
+        with suppress(OSError):
+            while data := source.recv(1000):
+                sink.sendall(data)
+
+    def connect() -> list[socket.socket]:
+        # From another address, as another machine.
+        ends = [between.accept()[0], socket.create_connection(where, None, ("127.0.0.2", 0))]
+        for source, sink in (ends, ends[::-1]):
+            threading.Thread(target=carry, args=(source, sink), daemon=True).start()
+        return ends
+
+    limits = Limits(60.0, 60.0, 20.0)
+    main = Watchdog(World(0, 2), limits, token="secret", listener=listener)
+    other = Watchdog(World(1, 2), limits, token="secret", main=between.getsockname())
+    with main, ThreadPoolExecutor() as pool:
+        connected = pool.submit(connect)
+        with other:
+            for _ in range(2):
+                ends, connected = connected.result(), pool.submit(connect)
+                for end in ends:
+                    end.shutdown(socket.SHUT_RDWR)
+            connected.result()
+            # Longer than a process is waited for that has lost its connection.
+            assert not main._found.wait(1.0)
+            assert stranger.recv(1) == b""
+            between.close()
+            other.done()
+        main.done()
+    return 0
+
+
+def add() -> int:
+    """Do at each step what stands on stdin."""
     import logging
 
     import torch
 
     from cel_dist.config import EngineSection
     from cel_dist.distributed import World
-    from cel_dist.errors import CelError, RunError
+    from cel_dist.errors import CelError, RunError, exit_code
     from cel_dist.process_group import process_group
     from cel_dist.train import _is_said_here
 
@@ -212,7 +338,7 @@ def main() -> int:
     except (CelError, RunError) as error:
         if _is_said_here(error):
             print(f"error: {error}", file=sys.stderr)
-        return 1
+        return exit_code(error)
     return 0
 
 

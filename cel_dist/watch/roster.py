@@ -105,10 +105,16 @@ class Roster:
             known.moved = now
         known.position = position
 
-    def closed(self, rank: int, now: float) -> None:
-        """The connection to a rank has ended, for whatever reason."""
+    def closed(self, rank: int, now: float, *, surely: bool = False) -> None:
+        """The connection to a rank has ended.
+
+        Args:
+            rank: which.
+            now: the time.
+            surely: whether the process ended with it. A network may also have cut a connection.
+        """
         known = self._ranks[rank]
-        known.closed = now if known.closed is None else known.closed
+        known.closed = (now if known.closed is None else known.closed) - (_RETURN_SECONDS if surely else 0.0)
 
     def failed(self, rank: int, words: str, now: float) -> None:
         """A rank said why it ends."""
@@ -146,7 +152,7 @@ class Roster:
             # Whether others are gone is not to be heard above its words.
             return None
         closed = [rank for rank, known in watched.items() if known.closed is not None]
-        if any(now - (watched[rank].closed or now) > _RETURN_SECONDS for rank in closed):
+        if any(now - (watched[rank].closed or now) >= _RETURN_SECONDS for rank in closed):
             return Finding(
                 "lost",
                 f"{self._names(closed)} ended without a word, last at {self._last(closed)}: killed, or out of memory; "

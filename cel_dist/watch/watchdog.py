@@ -211,7 +211,7 @@ class Watchdog:
             line = Line(socket.create_connection(self._main, min(_CONNECT_SECONDS, self._limits.peer / 2)))
         except ConnectionRefusedError:
             # The machine answers, the process is no more.
-            self._roster.closed(0, now)
+            self._roster.closed(0, now, surely=True)
             return
         except OSError:
             # Whether it is to be waited for is a matter of how long nothing was heard.
@@ -242,7 +242,8 @@ class Watchdog:
             for rank in [rank for rank, known in self._lines.items() if known is line]:
                 del self._lines[rank]
                 if self._world.is_main:
-                    self._roster.closed(rank, now)
+                    # A launcher that notices the same ends its other ranks within a second.
+                    self._roster.closed(rank, now, surely=line.is_local)
 
     def _welcome(self, line: Line, rank: int, host: str, now: float) -> None:
         if not 0 < rank < self._world.size:
