@@ -124,13 +124,15 @@ def set_timeout(seconds: float) -> None:
 
 
 def own_store(name: str, timeout_seconds: float = 300.0) -> c10d.Store:
-    """A connection of its own to the store of the job, for use by another thread; keys are apart by `name`.
+    """A connection of its own to the store of the job, for use by another thread.
 
-    Raises:
-        CelError: nobody answers there.
+    Args:
+        name: keeps its keys apart from those of others.
+        timeout_seconds: how long it waits for a key.
     """
-    store = _connect(World.from_environment(), timeout_seconds, may_serve=False)
-    return c10d.PrefixStore(f"cel_dist/{name}", store)
+    store = c10d.PrefixStore(name, c10d._get_default_store().clone())  # type: ignore[attr-defined]
+    store.set_timeout(timedelta(seconds=timeout_seconds))
+    return store
 
 
 def _prepare(world: World) -> torch.device:
@@ -173,7 +175,7 @@ def _hidden(package: str) -> Iterator[None]:
         del sys.modules[package]
 
 
-def _connect(world: World, timeout_seconds: float, *, may_serve: bool = True) -> c10d.Store:
+def _connect(world: World, timeout_seconds: float) -> c10d.Store:
     address, port = os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]
     is_served = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     try:
@@ -181,7 +183,7 @@ def _connect(world: World, timeout_seconds: float, *, may_serve: bool = True) ->
             address,
             int(port),
             world.size,
-            is_master=world.is_main and may_serve and not is_served,
+            is_master=world.is_main and not is_served,
             timeout=timedelta(seconds=timeout_seconds),
             # Who is missing is asked for by name, below.
             wait_for_workers=False,

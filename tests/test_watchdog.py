@@ -95,7 +95,9 @@ def test_a_killed_rank_is_named_once_and_at_once(job):
 
 def test_rank_0_is_named_by_one_rank_of_each_machine(job):
     running = job(peer=20.0)
-    running.ranks[1].wait_for("step 3")
+    # What another thread does at the store meanwhile is its own.
+    running.ranks[1].tell("store")
+    running.ranks[1].wait_for("store")
     running.ranks[0].send(signal.SIGKILL)
     (line,), codes, _ = running.errors(1, 2)
     assert codes == [1, 1]
@@ -306,7 +308,7 @@ def add() -> int:
     from cel_dist.config import EngineSection
     from cel_dist.distributed import World
     from cel_dist.errors import CelError, RunError, exit_code
-    from cel_dist.process_group import process_group
+    from cel_dist.process_group import own_store, process_group
     from cel_dist.train import _is_said_here
 
     logging.basicConfig(format="%(message)s")
@@ -323,6 +325,11 @@ def add() -> int:
                     hang()
                 elif order == "fail":
                     raise RunError(f"the disk of rank {world.rank} is full")
+                elif order == "store":
+                    with ThreadPoolExecutor() as pool:
+                        pool.submit(own_store("first").set, "key", "value").result()
+                        assert own_store("first").get("key") == b"value"
+                        assert not own_store("second").check(["key"])
                 elif order == "pause":
                     time.sleep(float(seconds))
                 watchdog.at(step, "adding")
