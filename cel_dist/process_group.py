@@ -74,7 +74,7 @@ def process_group(world: World, settings: EngineSection) -> Iterator[tuple[torch
     with watchdog:
         failure: Exception | None = None
         try:
-            _initialise(world, device, store, limits.start)
+            _initialise(world, device, store, limits.collective(True))
             yield device, watchdog
             watchdog.done()
         except Exception as error:

@@ -17,8 +17,8 @@ import pytest
 from forked_ranks import Rank, Ranks
 from training_runs import write_config
 
-from cel_dist.distributed import free_port
-from cel_dist.watch import Limits
+from cel_dist.distributed import World, free_port
+from cel_dist.watch import Limits, Watchdog, listen
 from cel_dist.watch.roster import Position, Roster
 
 PEER_SECONDS, STEP_SECONDS = 3.0, 2.0
@@ -152,6 +152,25 @@ def test_the_timeout_is_long_at_the_first_step_and_where_one_works_for_all_and_s
     assert line.startswith("error: rank 1 on ")
 
 
+def test_collectives_may_take_a_little_longer_than_the_watchdog_allows():
+    allowed = []
+    watchdog = Watchdog(World(), Limits(start=1800.0, step=600.0, peer=30.0), on_patience=allowed.append)
+    for step in (7, 8, 9):
+        watchdog.at(step, "waiting for data")
+        watchdog.at(step, "computing")
+    assert allowed == [660.0]
+    watchdog.at(10, "evaluating", alone=True)
+    watchdog.at(10, "waiting for data")
+    assert allowed == [660.0, 1860.0, 660.0]
+
+
+def test_the_timeout_of_all_groups_can_be_changed_while_they_are_in_use(job):
+    running = job([0, 1], size=2, what="late")
+    for rank in (0, 1):
+        running.ranks[rank].wait_for("default group: late and in time")
+    running.ranks[0].wait_for("another group: Timed out waiting 500ms for recv operation to complete")
+
+
 def test_where_no_rank_is_seen_to_be_behind_the_places_of_all_are_said(job):
     running = job(step=1.0)
     running.ranks[0].wait_for("step 3")
@@ -247,7 +266,7 @@ def test_ranks_that_never_join_are_named(job):
 
 def main() -> int:
     """What a rank does."""
-    return {"add": add, "train": train, "reconnect": reconnect}[os.environ["WHAT"]]()
+    return {"add": add, "train": train, "reconnect": reconnect, "late": late}[os.environ["WHAT"]]()
 
 
 def train() -> int:
@@ -256,11 +275,33 @@ def train() -> int:
     return main([os.environ["CONFIG"]])
 
 
+def late() -> int:
+    """Rank 1 comes a second late to the default group, and again to another one once the timeout is half a second."""
+    import torch
+    import torch.distributed as dist
+
+    from cel_dist.process_group import set_timeout, start_process_group
+
+    world = World.from_environment()
+    start_process_group(world)
+    group = dist.new_group()
+    dist.all_reduce(torch.ones(1), group=group)
+    time.sleep(float(world.rank))
+    dist.all_reduce(torch.ones(1))
+    print("default group: late and in time", flush=True)
+    set_timeout(0.5)
+    time.sleep(2.0 * world.rank)
+    try:
+        dist.all_reduce(torch.ones(1), group=group)
+    except RuntimeError as error:
+        print(f"another group: {str(error).partition('] ')[2]}", flush=True)
+    # Until rank 1 has come.
+    time.sleep(1.0)
+    return 0
+
+
 def reconnect() -> int:
     """Two watchdogs in one process, whose connection is cut between them, once for a moment and once for good."""
-    from cel_dist.distributed import World
-    from cel_dist.watch import Limits, Watchdog, listen
-
     listener, between = listen(), socket.create_server(("127.0.0.1", 0))
     # A stranger, who has no token and does not know the language.
     where = ("127.0.0.1", listener.getsockname()[1])
@@ -306,7 +347,6 @@ def add() -> int:
     import torch
 
     from cel_dist.config import EngineSection
-    from cel_dist.distributed import World
     from cel_dist.errors import CelError, RunError, exit_code
     from cel_dist.process_group import own_store, process_group
     from cel_dist.train import _is_said_here

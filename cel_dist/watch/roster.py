@@ -30,6 +30,10 @@ class Limits(NamedTuple):
         """Seconds between two signs of life."""
         return min(self.peer / 10, 3.0)
 
+    def collective(self, patient: bool) -> float:
+        """Seconds that a collective may take: the watchdog is to be first, because it says who."""
+        return (self.start if patient else self.step) + 2 * self.peer
+
 
 class Position(NamedTuple):
     """Where the main thread of a rank is.

@@ -51,7 +51,7 @@ class Watchdog:
         token: what all ranks of this job, and no others, know.
         listener: of rank 0, bound to that port.
         on_patience: called in the main thread with the seconds that a collective may take from here on, when these
-            change.
+            change from `limits.collective(True)`, and again.
     """
 
     def __init__(
@@ -65,7 +65,7 @@ class Watchdog:
         on_patience: Callable[[float], None] = lambda seconds: None,
     ) -> None:
         self._world, self._limits, self._main, self._token = world, limits, main, token
-        self._on_patience, self._patience = on_patience, limits.start
+        self._on_patience, self._patience = on_patience, limits.collective(True)
         self._position, self._first_step = Position(), 0
         self._main_thread = threading.get_ident()
         now = time.monotonic()
@@ -112,8 +112,7 @@ class Watchdog:
         self._first_step = self._first_step or step
         patient = alone or step <= self._first_step
         self._position = Position(self._position.passed + 1, step, doing, patient)
-        # The watchdog is to be first, because it says who.
-        patience = (self._limits.start if patient else self._limits.step) + 2 * self._limits.peer
+        patience = self._limits.collective(patient)
         if patience != self._patience:
             self._patience = patience
             self._on_patience(patience)
