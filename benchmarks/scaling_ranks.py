@@ -142,7 +142,7 @@ def run(case: dict[str, Any]) -> dict[str, Any]:
 
 def main(job: Path, rank: str) -> None:
     from cel_dist.distributed import World, leave_process
-    from cel_dist.engine import start_process_group, stop_process_group
+    from cel_dist.process_group import start_process_group, stop_process_group
     from cel_dist.training import trainer as module
 
     torch.set_num_threads(1)

@@ -184,6 +184,15 @@ class EngineSection(Section):
 
     zero_stage: Annotated[Literal[0, 1, 2, 3], NotABoolean] = 0
     """ZeRO stage: what is partitioned over the ranks (1 optimizer state, 2 gradients too, 3 parameters too)."""
+    start_timeout_seconds: Annotated[Real, Field(gt=0, le=604_800)] = 1800.0
+    """Seconds within which all ranks must have joined, and their first step be done; also the limit where one rank may
+    work for all, as at the end of an evaluation."""
+    step_timeout_seconds: Annotated[Real, Field(gt=0, le=604_800)] = 600.0
+    """Seconds that ranks wait, after the first step, for one that lives but does not come on: then the run ends and
+    names it."""
+    peer_timeout_seconds: Annotated[Real, Field(gt=0, le=86_400)] = 30.0
+    """Seconds without a sign of life from a rank after which its machine or the network counts as lost: the run ends
+    and names it. A process that is killed is noticed at once."""
 
 
 class CheckpointSection(Section):

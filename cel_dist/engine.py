@@ -1,9 +1,5 @@
-"""DeepSpeed: the process group, the engine around the objective, and what is asked of it during training."""
+"""DeepSpeed: the engine around the objective, and what is asked of it during training."""
 
-import gc
-import logging
-import os
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,79 +7,11 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-
-# Before there is a process group: its functions keep the one of that moment as their default, for ever.
-import torch.distributed.nn.functional
 from torch import Tensor, nn
 
 from cel_dist import engine_checkpoint
 from cel_dist.config import Config
-from cel_dist.distributed import World, free_port
-from cel_dist.errors import CelError
-
-
-def start_process_group(world: World) -> torch.device:
-    """Join the process group of the job and return this rank's device.
-
-    NCCL on CUDA machines, gloo elsewhere. One process without a launcher forms a group of its own.
-
-    Raises:
-        CelError: the master's port is taken or nobody answers there.
-    """
-    device = torch.device("cuda", world.local_rank) if torch.cuda.is_available() else torch.device("cpu")
-    # DeepSpeed reads its accelerator when it is imported, and warns on machines that have none.
-    os.environ.setdefault("DS_ACCELERATOR", device.type)
-    os.environ.setdefault("RANK", str(world.rank))
-    os.environ.setdefault("WORLD_SIZE", str(world.size))
-    os.environ.setdefault("LOCAL_RANK", str(world.local_rank))
-    if world.size == 1:
-        os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
-        os.environ.setdefault("MASTER_PORT", str(free_port()))
-    # DeepSpeed's autotuner, which is not used, imports mlflow where it can: two seconds of every rank's start.
-    with _hidden("mlflow"):
-        import deepspeed
-
-    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-    # Left alone, DeepSpeed compiles a shared-memory all-reduce for a minute when it first starts on a CPU. Gloo has
-    # one.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    try:
-        deepspeed.init_distributed(dist_backend="nccl" if device.type == "cuda" else "gloo", verbose=False)
-    except dist.DistNetworkError as error:
-        where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
-        if "EADDRINUSE" in str(error) or "address already in use" in str(error).lower():
-            raise CelError(f"port {where} is in use; choose another one (MASTER_PORT, or --master_port)") from None
-        raise CelError(f"no connection to the main process at {where}: {str(error).splitlines()[0]}") from None
-    return device
-
-
-@contextmanager
-def _hidden(package: str) -> Iterator[None]:
-    """Let an import of a package fail within the block, unless it is there already."""
-    if package in sys.modules:
-        yield
-        return
-    sys.modules[package] = None  # type: ignore[assignment]
-    try:
-        yield
-    finally:
-        del sys.modules[package]
-
-
-def stop_process_group() -> None:
-    """Leave the process group, if there is one, and end its threads.
-
-    A thread that still holds the tensors of the last collective when the interpreter ends aborts the process.
-    """
-    if not dist.is_initialized():
-        return
-    import deepspeed
-
-    # DeepSpeed's own forgets the group that it cloned, too; engines hold groups in reference cycles.
-    deepspeed.comm.destroy_process_group()
-    gc.collect()
+from cel_dist.distributed import World
 
 
 class Engine:

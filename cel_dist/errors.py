@@ -3,6 +3,9 @@
 # What sysexits.h calls a failure that goes away by itself: whoever started the run may start it again as it is.
 EXIT_PREEMPTED = 75
 
+# No rank: the watchdog has said it.
+ALREADY_SAID = -1
+
 
 class CelError(Exception):
     """Input that cannot be used. The message is one line: what is wrong, where, and what to do (exit code 2)."""
@@ -13,7 +16,8 @@ class RunError(Exception):
 
     Args:
         message: the line.
-        said_by: the rank that says it, where all ranks raise for the same reason. None: whoever raises it.
+        said_by: the rank that says it, where all ranks raise for the same reason, or ALREADY_SAID. None: whoever raises
+            it.
     """
 
     def __init__(self, message: str, *, said_by: int | None = None) -> None:

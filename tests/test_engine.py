@@ -96,7 +96,7 @@ def train_with_the_engine(*cases):
     """Train on this rank's rows once for every case: stage, and the others of `engine_of`."""
     import torch.distributed as dist
 
-    from cel_dist.engine import start_process_group, stop_process_group
+    from cel_dist.process_group import start_process_group, stop_process_group
 
     world = World.from_environment()
     start_process_group(world)

@@ -54,7 +54,7 @@ def state_of(engine):
 
 def write_and_go_on(folder):
     """Under each stage: two steps, what is saved, then the state, another step's loss, and the state after it."""
-    from cel_dist.engine import start_process_group, stop_process_group
+    from cel_dist.process_group import start_process_group, stop_process_group
 
     start_process_group(World.from_environment())
     outcomes = {}
@@ -75,7 +75,7 @@ def write_and_go_on(folder):
 
 def read_and_go_on(folder, transitions):
     """For each transition, from a stage to a stage: the state read, the next step's loss, and the state after it."""
-    from cel_dist.engine import start_process_group, stop_process_group
+    from cel_dist.process_group import start_process_group, stop_process_group
 
     start_process_group(World.from_environment())
     outcomes = {}

@@ -15,7 +15,7 @@ HEAVY = {"torch", "torchaudio", "ray", "mlflow", "deepspeed", "webdataset"}
 
 # Third-party package -> the only modules and folders of cel_dist that may import it.
 IMPORTED_ONLY_BY = {
-    "deepspeed": ("engine.py", "engine_checkpoint.py"),
+    "deepspeed": ("engine.py", "engine_checkpoint.py", "process_group.py"),
     "mlflow": ("tracking/",),
     "ray": ("data/ray_pool.py", "sweep.py"),
     "webdataset": ("data/stream.py",),
@@ -44,6 +44,8 @@ MAY_KNOW = {
     "encoders": {"errors"},
     "losses": {"errors", "distributed"},
     "published": {"errors", "encoders"},
+    "watch": {"errors", "distributed"},
+    "process_group": {"errors", "config", "distributed", "watch"},
 }
 
 

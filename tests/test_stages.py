@@ -122,7 +122,7 @@ def fifty_plain_steps() -> dict[str, list[float]]:
 
 def all_runs() -> dict[str, dict[str, Any]]:
     """What this rank saw in each of `RUNS`."""
-    from cel_dist.engine import start_process_group, stop_process_group
+    from cel_dist.process_group import start_process_group, stop_process_group
 
     start_process_group(World.from_environment())
     found = {name: fifty_steps(stage, precision) for name, (stage, precision) in RUNS.items()}

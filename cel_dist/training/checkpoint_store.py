@@ -33,6 +33,7 @@ from cel_dist.engine_checkpoint import FOLDER
 from cel_dist.errors import CelError, RunError
 from cel_dist.evaluation.embed import raised_together
 from cel_dist.model import SpeakerModel
+from cel_dist.process_group import own_store
 from cel_dist.training.checkpoint import (
     CONFIG,
     MODEL,
@@ -83,7 +84,7 @@ class CheckpointStore:
         self._keep_last = keep_last
         self._config_text = config_text
         # A connection of its own: one that waits holds up all who share it.
-        self._told = _store().clone() if world.size > 1 else None
+        self._told = own_store("checkpoint") if world.size > 1 else None
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self._closing = threading.Event()
         self._pending: list[Future[None]] = []
@@ -250,12 +251,6 @@ class CheckpointStore:
                 # The marker goes first: a removal that is cut short must not leave something that looks complete.
                 (path / STATE).unlink()
                 shutil.rmtree(path)
-
-
-def _store() -> Any:
-    """Where the process group's ranks found each other."""
-    c10d = dist.distributed_c10d
-    return c10d.PrefixStore("checkpoint", c10d._get_default_store())
 
 
 def _write_files(folder: Path, content: dict[str, Any]) -> Files:

@@ -4,7 +4,6 @@ import logging
 import os
 import shutil
 import time
-import traceback
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -16,10 +15,11 @@ from cel_dist.config import Config
 from cel_dist.config_file import dump_config
 from cel_dist.data.files import atomic_write, sole_writer
 from cel_dist.distributed import World
-from cel_dist.engine import Engine, start_process_group, stop_process_group
+from cel_dist.engine import Engine
 from cel_dist.engine_checkpoint import write_universal
-from cel_dist.errors import CelError, PreemptedError, RunError
+from cel_dist.errors import PreemptedError, RunError
 from cel_dist.evaluation.embed import raised_together
+from cel_dist.process_group import process_group
 from cel_dist.tracking import Tracker
 from cel_dist.training.agreement import SKIPPED, Agreement, agree, describe_batch, record_skipped
 from cel_dist.training.batches import Batches, TrainBatch
@@ -37,6 +37,7 @@ from cel_dist.training.schedule import learning_rate, num_steps
 from cel_dist.training.start import Start, find_start, signature
 from cel_dist.training.stopping import StopRequest, stop_requests
 from cel_dist.training.validation import VERSIONS, Validation
+from cel_dist.watch import Watchdog
 
 __all__ = ["TrainResult", "Trainer", "initial_encoder", "train"]
 
@@ -65,16 +66,13 @@ def train(config: Config, resume: str = "auto") -> TrainResult:
     if checked.start.result is not None:
         return catch_up(config, checked.start.result) if world.is_main else checked.start.result
     torch.set_num_threads(config.train.threads or max(1, _num_cores() // world.local_size))
-    device = start_process_group(world)
-    try:
-        with _sole_run(config.run.dir, world), stop_requests() as request, advice_on_memory(config, world):
-            return Trainer(config, world, device, resume, checked, request).train()
-    except (CelError, RunError) as error:
-        # Frames in the traceback hold the engine, and with it the process group that is to end.
-        traceback.clear_frames(error.__traceback__)
-        raise
-    finally:
-        stop_process_group()
+    with (
+        process_group(world, config.engine) as (device, watchdog),
+        _sole_run(config.run.dir, world),
+        stop_requests() as request,
+        advice_on_memory(config, world),
+    ):
+        return Trainer(config, world, device, resume, checked, watchdog, request).train()
 
 
 @contextmanager
@@ -97,9 +95,17 @@ class Trainer:
     """One rank's part of a run: everything is built here, then `train` runs the loop."""
 
     def __init__(
-        self, config: Config, world: World, device: torch.device, resume: str, checked: Checked, request: StopRequest
+        self,
+        config: Config,
+        world: World,
+        device: torch.device,
+        resume: str,
+        checked: Checked,
+        watchdog: Watchdog,
+        request: StopRequest,
     ) -> None:
-        self.config, self.world, self.device, self.request = config, world, device, request
+        self.config, self.world, self.device = config, world, device
+        self.watchdog, self.request = watchdog, request
         self.run_dir = config.run.dir
         self.config_text = dump_config(config)
         self.plan = checked.plan
@@ -181,7 +187,10 @@ class Trainer:
         """Fetch and augment, forward and backward, agree, update; returns whether the run is to end here."""
         self.interval.begin_step()
         with named("data"), raised_together(self.world):
+            self.watchdog.at(self.state.step + 1, "waiting for data")
             batch = next(self.batches)
+            # Before the ranks wait for each other, so that one that still waits for data is seen to be behind.
+            self.watchdog.at(self.state.step + 1, "computing")
         with named("forward and backward"):
             output = self.engine.forward_backward(batch.features, batch.ids)
         with named("check"):
@@ -313,6 +322,7 @@ class Trainer:
     def _validate(self) -> None:
         if self.config.eval.trials is None and self.state.step < self.total_steps:
             return
+        self.watchdog.at(self.state.step + 1, "evaluating", alone=True)
         result = self.validation.evaluate(self.engine, self.state)
         # What is being written may take the last room of a disk, and give it back.
         self.checkpoints.wait()
@@ -327,6 +337,7 @@ class Trainer:
         self.checkpoints.update(self.state)
 
     def _save_checkpoint(self) -> None:
+        self.watchdog.at(self.state.step + 1, "saving a checkpoint", alone=True)
         if self.records:
             self.records.try_to_flush()
         saved = SavedRun(
@@ -401,6 +412,7 @@ class Trainer:
             model_uri=None,
             report=str(self.run_dir / "report.html"),
         )
+        self.watchdog.at(self.state.step + 1, "finishing", alone=True)
         with raised_together(self.world):
             if self.records and self.tracker:
                 self.records.flush()
