@@ -7,7 +7,7 @@ import psutil
 import pytest
 import yaml
 from hosts import two_hosts
-from training_runs import CEL, losses, train_job, write_config
+from training_runs import CEL, copy_of_scripts, losses, train_job, write_config
 from worlds import run_world
 
 STEPS = 3
@@ -81,11 +81,9 @@ def is_session(pid: int) -> bool:
 
 def test_without_ssh_each_host_starts_its_own(hosts, hostfile, config, on_one_host, folder):
     run = folder / "no_ssh"
-    options = ["--hostfile", hostfile, "--no-ssh", f"run.dir={run}"]
-    ends = [
-        hosts.start(host, [*CEL, "train", config, *options, "--node-rank", host], stderr=subprocess.PIPE)
-        for host in (1, 0)
-    ]
+    script = copy_of_scripts(folder / "checkout") / "launch" / "multinode.sh"
+    command = [script, hostfile, config, f"run.dir={run}"]
+    ends = [hosts.start(host, command, environment={"NODE_RANK": str(host)}, stderr=subprocess.PIPE) for host in (1, 0)]
     said = [process.communicate()[1] for process in ends]
     assert [process.returncode for process in ends] == [0, 0], said
     assert losses(run) == losses(on_one_host)
