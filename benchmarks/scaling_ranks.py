@@ -5,6 +5,7 @@ sizes the profiler does not know. Counted steps are slowed down by it, so others
 """
 
 import gc
+import contextlib
 import json
 import statistics
 import sys
@@ -141,18 +142,17 @@ def run(case: dict[str, Any]) -> dict[str, Any]:
 
 
 def main(job: Path, rank: str) -> None:
+    from cel_dist.config import EngineSection
     from cel_dist.distributed import World, leave_process
-    from cel_dist.process_group import start_process_group, stop_process_group
+    from cel_dist.process_group import process_group
     from cel_dist.training import trainer as module
 
     torch.set_num_threads(1)
-    device = start_process_group(World.from_environment())
-    # One process group for all cases: a second one in the same process hangs.
-    module.start_process_group = lambda world: device
-    module.stop_process_group = lambda: None
-    found = [run(case) for case in json.loads(job.read_text())]
-    (job.parent / f"rank{rank}.json").write_text(json.dumps(found))
-    stop_process_group()
+    with process_group(World.from_environment(), EngineSection()) as joined:
+        # One process group for all cases: a second one in the same process hangs.
+        module.process_group = lambda world, settings: contextlib.nullcontext(joined)
+        found = [run(case) for case in json.loads(job.read_text())]
+        (job.parent / f"rank{rank}.json").write_text(json.dumps(found))
     leave_process(0)
 
 

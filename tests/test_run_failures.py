@@ -21,7 +21,7 @@ from cel_dist.data.folder import ShardFolder
 from cel_dist.data.plan import Plan
 from cel_dist.distributed import free_port
 from cel_dist.errors import CelError, RunError
-from cel_dist.launcher import launch
+from cel_dist.launcher import Placement, launch
 from cel_dist.model import load_model
 from cel_dist.training.checkpoint import complete_checkpoints
 from cel_dist.training.start import find_start
@@ -58,7 +58,7 @@ def test_what_can_be_found_wrong_is_found_before_a_process_is_started(config, sm
         (f"run.dir={text}/run",): "text is a file; name a folder",
     }.items():
         with pytest.raises(CelError, match=message) as caught:
-            launch(config(), list(overrides), num_ranks=2, hostfile=None, resume="auto")
+            launch(config(), list(overrides), Placement(num_ranks=2))
         assert "\n" not in str(caught.value)
     assert not (tmp_path / "run").exists()
 
@@ -67,7 +67,7 @@ def test_two_runs_do_not_share_a_folder(config, tmp_path):
     (tmp_path / "run").mkdir()
     with sole_writer(tmp_path / "run", "cel train"):
         with pytest.raises(RunError, match=f"another 'cel train' is writing {tmp_path / 'run'}"):
-            launch(config(), [], num_ranks=2, hostfile=None, resume="auto")
+            launch(config(), [], Placement(num_ranks=2))
         first, second = run_world(2, train_job, config(), folder=tmp_path / "world")
     assert first.startswith("RunError: another 'cel train' is writing ")
     assert second.removeprefix("RunError: rank 0 failed: ") == first.removeprefix("RunError: ")

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -33,6 +34,13 @@ def write_config(corpus: Any, folder: Path, name: str = "run", **sections: dict[
     file = folder / f"{name}.yaml"
     file.write_text(yaml.safe_dump(tree))
     return file
+
+
+def copy_of_scripts(folder: Path) -> Path:
+    """A checkout of the scripts alone, beside a .venv whose programs are those that run this test."""
+    shutil.copytree(Path(__file__).parent.parent / "launch", folder / "launch")
+    (folder / ".venv").symlink_to(Path(sys.executable).parent.parent)
+    return folder
 
 
 def train_job(config, overrides=(), resume="auto"):

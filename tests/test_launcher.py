@@ -1,0 +1,364 @@
+"""The command `cel train` starts ranks with, what it refuses, and the processes of a launch: who is told, who ends."""
+
+import functools
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import psutil
+import pytest
+from training_runs import CEL, ENVIRONMENT, write_config
+
+from cel_dist.cli.app import run as cel
+from cel_dist.data.files import sole_writer
+from cel_dist.errors import EXIT_PREEMPTED, CelError, PreemptedError, RunError
+from cel_dist.launcher import Placement, launcher_command
+from cel_dist.launcher.hostfile import read_hostfile
+from cel_dist.launcher.nodes import write_environment
+from cel_dist.launcher.process import LaunchProcess
+from cel_dist.launcher.ranks import LAUNCH, end_processes, processes_of, ranks_of, signal_ranks
+from cel_dist.launcher.restarts import Progress, what_ended
+from cel_dist.launcher.training import _raise_unless_worth_another_start, _train
+
+
+@pytest.fixture
+def config(small_corpus, tmp_path):
+    """Writes a configuration of a run in the test's folder."""
+    return functools.partial(write_config, small_corpus, tmp_path)
+
+
+@pytest.fixture
+def hostfile(tmp_path) -> Path:
+    file = tmp_path / "hosts"
+    file.write_text("# two of them\n\nfirst.example slots=2\n10.0.0.2\tslots=4  # the new one\n")
+    return file
+
+
+def test_a_hostfile_is_read_or_its_fault_named(hostfile):
+    assert read_hostfile(hostfile) == {"first.example": 2, "10.0.0.2": 4}
+    for text, message in {
+        "": "names no node",
+        "a\n": "line 1: 'a' is no node",
+        "# a\na slots=0\n": "line 2: 'a slots=0' is no node",
+        "a slots=2 b slots=2\n": "line 1: 'a slots=2 b slots=2' is no node",
+        "a;reboot slots=2\n": "line 1: 'a;reboot slots=2' is no node",
+        "-oProxyCommand=x slots=2\n": "is no node",
+        "a slots=2\na slots=3\n": "line 2: a is there twice",
+    }.items():
+        hostfile.write_text(text)
+        with pytest.raises(CelError, match=message) as caught:
+            read_hostfile(hostfile)
+        assert str(hostfile) in str(caught.value)
+    with pytest.raises(CelError, match=r"cannot read the hostfile .*absent \(no such file or directory\)"):
+        read_hostfile(hostfile.parent / "absent")
+    hostfile.write_bytes(b"\xff")
+    with pytest.raises(CelError, match="is no text"):
+        read_hostfile(hostfile)
+
+
+def test_a_dry_run_prints_the_command_and_starts_nothing(config, hostfile, tmp_path, capfd):
+    file = config()
+    train = ["train", str(file), "run.name=two words", "--resume", "none", "--dry-run"]
+    assert cel([*train, "--nproc", "2", "--master-port", "4711"]) == 0
+    expected = (
+        f"--num_accelerators 2 --master_port 4711 --module cel_dist.train {file} 'run.name=two words' --resume none"
+    )
+    assert capfd.readouterr().out == f"{sys.executable} -m deepspeed.launcher.runner {expected}\n"
+    assert cel([*train, "--hostfile", str(hostfile), "--json"]) == 0
+    command = json.loads(capfd.readouterr().out)["command"]
+    assert command[3:5] == ["--hostfile", str(hostfile)]
+    assert "--no_ssh" not in command
+    # A path that all nodes see, where the variables for them will be.
+    assert command[command.index("--venv_script") + 1] == str(tmp_path / "run" / ".environment")
+    assert cel([*train, "--hostfile", str(hostfile), "--no-ssh", "--node-rank", "1", "--json"]) == 0
+    command = json.loads(capfd.readouterr().out)["command"]
+    meeting = ["--master_port", "29500", "--no_ssh", "--node_rank", "1", "--master_addr", "first.example"]
+    assert command[5:12] == meeting
+    there = Placement(hostfile=hostfile, node_rank=0, master_addr="10.0.0.9", master_port=5)
+    assert launcher_command(file, [], there, resume="auto")[-6:-4] == ["10.0.0.9", "--module"]
+    assert not (tmp_path / "run").exists()
+
+
+def test_options_that_do_not_fit_each_other_are_refused_in_a_line(config, hostfile, capfd):
+    file, hosts = str(config()), ["--hostfile", str(hostfile)]
+    for options, message in {
+        ("--dry-run",): "--dry-run needs processes to start; say how many with --nproc",
+        ("--max-restarts", "1"): "--max-restarts needs processes to start",
+        ("--master-port", "1"): "--master-port needs processes to start",
+        ("--nproc", "0"): "--nproc 0: at least one process is needed",
+        ("--nproc", "2", "--max-restarts", "-1"): "--max-restarts -1: give 0 or more",
+        ("--nproc", "2", "--master-port", "65536"): "--master-port 65536: ports are 1 to 65535",
+        ("--nproc", "2", "--master-addr", "a"): "--master-addr is for several nodes",
+        ("--nproc", "2", "--no-ssh", "--node-rank", "0"): "--no-ssh is for several nodes",
+        (*hosts, "--no-ssh"): "--no-ssh and --node-rank belong together",
+        (*hosts, "--node-rank", "0"): "--no-ssh and --node-rank belong together",
+        (*hosts, "--no-ssh", "--node-rank", "2"): f"--node-rank 2: {hostfile} names 2 nodes, 0 to 1",
+        # Six ranks, as the hostfile says; four, as --nproc says instead.
+        (*hosts, "--no-ssh", "--node-rank", "0"): "train.batch_size=8 does not divide by 6 ranks",
+        (*hosts, "--nproc", "5", "--no-ssh", "--node-rank", "0"): "train.batch_size=8 does not divide by 10 ranks",
+    }.items():
+        assert cel(["train", file, *options]) == 2
+        said = capfd.readouterr()
+        assert said.out == ""
+        assert said.err.startswith(f"error: {message}")
+        assert said.err.count("\n") == 1
+
+
+def test_variables_for_the_nodes_survive_their_shell_and_other_eyes(tmp_path):
+    file = tmp_path / "run" / ".environment"
+    values = {"MLFLOW_TRACKING_PASSWORD": 'it\'s $HOME `id`\n"two"', "AWS_REGION": "x", "EDITOR": "ed", "HOME": "/"}
+    write_environment(file, values)
+    assert file.stat().st_mode & 0o777 == 0o600
+    program = "import json, os; print(json.dumps(dict(os.environ)))"
+    shell = ["env", "-i", "bash", "-c", 'source "$0"; "$1" -c "$2"', file, sys.executable, program]
+    seen = json.loads(subprocess.run(shell, capture_output=True, check=True, text=True).stdout)
+    assert {name: seen.get(name) for name in values} == {**values, "EDITOR": None, "HOME": None}
+
+
+def test_exit_codes_say_what_ended_and_what_is_not_started_again(tmp_path):
+    assert what_ended(1, over_ssh=True) == "a rank ended with code 1"
+    assert what_ended(256 - 9, over_ssh=True) == "a rank was killed by SIGKILL"
+    assert what_ended(137, over_ssh=True) == "the launcher of a node was killed by SIGKILL"
+    assert what_ended(255, over_ssh=True) == "ssh could not reach a node, or lost it"
+    assert what_ended(255, over_ssh=False) == "a rank was killed by SIGHUP"
+    term, usr1 = signal.SIGTERM, signal.SIGUSR1
+    for code, requests, error in [
+        (1, [], None),
+        (247, [], None),
+        (0, [], None),
+        (2, [], CelError),
+        (75, [], PreemptedError),
+        (75, [usr1], PreemptedError),
+        # Ranks that had no checkpoint to write yet.
+        (256 - usr1, [usr1], PreemptedError),
+        (-term, [term], PreemptedError),
+        (1, [term], RunError),
+        (1, [term, term], RunError),
+    ]:
+        process = LaunchProcess(None)
+        process.requests = requests
+        if error is None:
+            _raise_unless_worth_another_start(code, process, tmp_path)
+            continue
+        with pytest.raises(RunError if error is not CelError else CelError) as caught:
+            _raise_unless_worth_another_start(code, process, tmp_path)
+        assert type(caught.value) is error
+
+
+def test_only_what_may_help_is_tried_again_and_from_what_was_saved(tmp_path):
+    asked_for = []
+
+    def train(code: int, max_restarts: int) -> None:
+        program = """
+import os, sys
+made = os.path.join(sys.argv[1], "checkpoints", f"step-{sys.argv[2]}")
+os.makedirs(made)
+open(os.path.join(made, "state.json"), "w").close()
+sys.exit(int(sys.argv[3]))
+"""
+
+        def command(resume: str) -> list[str]:
+            asked_for.append(resume)
+            # The second start saves, the others end as they are.
+            saving = (
+                [program, str(run), "00000007"] if len(asked_for) == 2 else ["import sys; sys.exit(int(sys.argv[1]))"]
+            )
+            return [sys.executable, "-c", *saving, str(code)]
+
+        with LaunchProcess(None) as process:
+            _train(command, process, Placement(1), run, "there", max_restarts)
+
+    run = tmp_path / "run"
+    with pytest.raises(CelError, match="training did not start"):
+        train(2, 3)
+    with pytest.raises(PreemptedError):
+        train(75, 3)
+    assert asked_for == ["there", "there"]
+    asked_for.clear()
+    shutil.rmtree(run)
+    with pytest.raises(
+        RunError, match="a rank ended with code 3, after 4 restarts; the last 3 starts made no step; its"
+    ):
+        train(3, 4)
+    assert asked_for == ["there", "there", "auto", "auto", "auto"]
+
+
+# Stands for `cel train` or the server of ssh: names the launch, and starts the launcher of the node.
+TOP = """
+import os, subprocess, sys
+from cel_dist.launcher.ranks import LAUNCH, new_launch
+how, *node = sys.argv[1:]
+if how != "none":
+    os.environ[LAUNCH] = new_launch(over_ssh=how == "ssh")
+print(os.environ.get(LAUNCH, ""), flush=True)
+subprocess.run(node, start_new_session=how == "ssh")
+"""
+# Stands for that launcher.
+NODE = "import subprocess, sys; subprocess.run(sys.argv[2:])"
+RANK = """
+from cel_dist.launcher.ranks import end_with_launcher
+end_with_launcher()
+print("up", flush=True)
+input()
+print("still there", flush=True)
+"""
+
+
+class Tree:
+    """A rank, its launcher on the node, and what stands for the launch; ready when made."""
+
+    def __init__(self, how: str, *arguments: str) -> None:
+        rank = [sys.executable, "-c", RANK, "cel_dist.train", *arguments]
+        command = [sys.executable, "-c", TOP, how, sys.executable, "-c", NODE, "--module", *rank]
+        environment = {name: value for name, value in os.environ.items() if name != LAUNCH}
+        self.process = subprocess.Popen(
+            command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+        self.launch = self.process.stdout.readline().strip()
+        assert self.process.stdout.readline() == "up\n"
+        self.top = psutil.Process(self.process.pid)
+        (self.node,) = self.top.children()
+        (self.rank,) = self.node.children()
+
+    def close(self) -> None:
+        for process in (self.rank, self.node, self.top):
+            if process.is_running():
+                process.kill()
+        self.process.communicate()
+
+
+@pytest.fixture
+def tree():
+    """Makes trees, nothing of which outlives the test."""
+    made = []
+
+    def make(how: str, *arguments: str) -> Tree:
+        made.append(Tree(how, *arguments))
+        return made[-1]
+
+    yield make
+    for each in made:
+        each.close()
+
+
+def has_ended(process: psutil.Process) -> bool:
+    return psutil.wait_procs([process], timeout=30)[1] == []
+
+
+def test_signals_reach_the_ranks_of_a_launch_and_nothing_else(tree):
+    ours, others = tree("here"), tree("here")
+    assert ranks_of(ours.launch) == [ours.rank]
+    assert processes_of(ours.launch) == [ours.node, ours.rank]
+    assert signal_ranks(ours.launch, signal.SIGUSR1) == 1
+    assert has_ended(ours.rank)
+    # What was in between saw a child end, no signal.
+    assert ours.process.wait(timeout=30) == 0
+    assert others.rank.is_running()
+    end_processes(others.launch, patience_seconds=30)
+    assert has_ended(others.rank)
+    assert others.process.wait(timeout=30) == 0
+
+
+@pytest.mark.parametrize(
+    ("how", "arguments", "killed"),
+    [("here", (), "top"), ("here", (), "node"), ("ssh", (), "top"), ("none", ("--local_rank=0",), "node")],
+)
+def test_a_rank_ends_with_what_started_it(tree, how, arguments, killed):
+    one = tree(how, *arguments)
+    getattr(one, killed).kill()
+    assert has_ended(one.rank)
+
+
+def test_a_rank_that_no_launcher_started_stays_and_one_that_comes_too_late_ends(tree):
+    one = tree("none")
+    one.node.kill()
+    assert has_ended(one.node)
+    one.process.stdin.write("\n")
+    one.process.stdin.flush()
+    assert one.process.stdout.readline() == "still there\n"
+    late = [sys.executable, "-c", RANK]
+    gone = {**os.environ, LAUNCH: f"here:{one.node.pid}:0"}
+    done = subprocess.run(late, env=gone, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr == "error: what started this rank is gone, so it ends; start again with --resume auto\n"
+
+
+# Runs its arguments as a launcher would be run, and says how that ended.
+DRIVER = """
+import sys
+from cel_dist.launcher.process import LaunchProcess
+with LaunchProcess(None) as process:
+    code = process.run(sys.argv[1:], None)
+    print(code, *[request.name for request in process.requests], process.found_no_rank)
+"""
+# A rank that needs its time for the checkpoint.
+SLOW = """
+import signal
+signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})
+print("up", flush=True)
+while signal.sigwait({signal.SIGUSR1}):
+    print("asked", flush=True)
+"""
+
+
+@pytest.mark.parametrize(
+    ("name", "signals", "outcome"),
+    [
+        ("cel_dist.train", [signal.SIGUSR1, signal.SIGTERM], f"{-signal.SIGTERM} SIGUSR1 SIGTERM False\n"),
+        ("no rank", [signal.SIGUSR1], f"{-signal.SIGTERM} SIGUSR1 True\n"),
+        ("cel_dist.train", [signal.SIGINT], ""),
+    ],
+    ids=["second signal", "before the ranks", "ctrl-c"],
+)
+def test_what_does_not_end_when_asked_ends_at_the_second_signal(name, signals, outcome):
+    command = [sys.executable, "-c", DRIVER, sys.executable, "-c", SLOW, name]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stderr.readline() == "up\n"
+    (child,) = psutil.Process(process.pid).children()
+    for number in signals:
+        process.send_signal(number)
+        while number == signal.SIGUSR1 and name == "cel_dist.train" and process.stderr.readline() != "asked\n":
+            pass
+    said, _ = process.communicate()
+    assert said == outcome
+    assert not child.is_running()
+
+
+def test_a_run_that_fails_goes_on_and_one_that_is_asked_ends(config, tmp_path):
+    file, run = config(data={"segment_frames": 16}, encoder={"embedding_dim": 16}), tmp_path / "run"
+    options = ["--nproc", "1", "--max-restarts", "3", "train.epochs=1000", "checkpoint.every_steps=1"]
+    command = [*CEL, "train", str(file), *options]
+    process = subprocess.Popen(command, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True)
+    said, starts, last = [], [], 0
+    for line in process.stderr:
+        said.append(line)
+        if begins := re.search(r"from step (\d+) to", line):
+            starts.append(int(begins[1]))
+        # At the second step of a start, when the checkpoint of its first one is complete.
+        elif (step := re.match(r"step +(\d+) ", line)) and int(step[1]) == starts[-1] + 2 > last:
+            last = int(step[1])
+            (node,) = psutil.Process(process.pid).children()[0].children()
+            (rank,) = node.children()
+            if len(starts) == 1:
+                rank.kill()
+            elif len(starts) == 2:
+                node.kill()
+            else:
+                process.send_signal(signal.SIGUSR1)
+    assert process.wait() == EXIT_PREEMPTED, "".join(said)[-3000:]
+    text = "".join(said)
+    assert "training failed: a rank was killed by SIGKILL; restart 1 of 3, from " in text
+    assert "training failed: the launcher ended without a summary" in text
+    assert "restart 2 of 3, from step-0" in text
+    assert said[-1].startswith("error: training was asked to end (SIGUSR1) and did; run the same command again")
+    # What a start had saved, the next one went on from.
+    assert (starts[0], len(starts)) == (0, 3)
+    assert 0 < starts[1] < starts[2]
+    assert not rank.is_running()
+    with sole_writer(run):
+        assert Progress.of(run).step >= starts[2] + 2

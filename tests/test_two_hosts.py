@@ -1,0 +1,104 @@
+"""Training over two hosts, which are network namespaces joined by a cable, as a user starts it there."""
+
+import subprocess
+from pathlib import Path
+
+import psutil
+import pytest
+import yaml
+from hosts import two_hosts
+from training_runs import CEL, copy_of_scripts, losses, train_job, write_config
+from worlds import run_world
+
+STEPS = 3
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("two_hosts")
+
+
+@pytest.fixture(scope="module")
+def config(small_corpus, folder) -> Path:
+    """Three steps of two ranks, a checkpoint after each."""
+    return write_config(
+        small_corpus,
+        folder,
+        data={"segment_frames": 16},
+        augment={"profile": 1},
+        encoder={"embedding_dim": 16},
+        train={"max_steps": STEPS},
+        checkpoint={"every_steps": 1},
+    )
+
+
+@pytest.fixture(scope="module")
+def on_one_host(config, folder) -> Path:
+    """The run folder of the same training by two ranks of one host."""
+    run = folder / "one"
+    run_world(2, train_job, config, [f"run.dir={run}"], folder=folder / "world")
+    return run
+
+
+@pytest.fixture(scope="module")
+def hosts(folder):
+    with two_hosts(folder / "hosts") as hosts:
+        yield hosts
+
+
+@pytest.fixture(scope="module")
+def hostfile(hosts, folder) -> Path:
+    file = folder / "hostfile"
+    file.write_text("".join(f"{address} slots=1\n" for address in hosts.addresses))
+    return file
+
+
+def test_ssh_reaches_both_and_a_lost_connection_costs_a_restart(hosts, hostfile, config, on_one_host, folder):
+    run, strange = folder / "ssh", "it's 100%h of `id` $HOME"
+    options = ["--hostfile", hostfile, "--max-restarts", "1", f"run.dir={run}", f"run.name={strange}"]
+    process = hosts.start(0, [*CEL, "train", config, *options], stderr=subprocess.PIPE, stdout=subprocess.DEVNULL)
+    said = []
+    for line in process.stderr:
+        said.append(line)
+        if "from step 0 to" in line and not any("restart 1" in former for former in said):
+            # The server's end of the connection to the second host.
+            (server,) = [psutil.Process(pid) for pid in hosts.processes(1) if is_session(pid)]
+            far = server.children(recursive=True)
+            server.kill()
+            # What it started there does not go on by itself.
+            assert psutil.wait_procs(far, timeout=30)[1] == []
+    assert process.wait() == 0, "".join(said)[-5000:]
+    assert "ssh could not reach a node, or lost it; restart 1 of 1" in "".join(said)
+    assert losses(run) == losses(on_one_host)
+    assert yaml.safe_load((run / "config.yaml").read_text())["run"]["name"] == strange
+    # It held the variables of the nodes.
+    assert not (run / ".environment").exists()
+
+
+def is_session(pid: int) -> bool:
+    return "notty" in " ".join(psutil.Process(pid).cmdline())
+
+
+def test_without_ssh_each_host_starts_its_own(hosts, hostfile, config, on_one_host, folder):
+    run = folder / "no_ssh"
+    script = copy_of_scripts(folder / "checkout") / "launch" / "multinode.sh"
+    command = [script, hostfile, config, f"run.dir={run}"]
+    ends = [hosts.start(host, command, environment={"NODE_RANK": str(host)}, stderr=subprocess.PIPE) for host in (1, 0)]
+    said = [process.communicate()[1] for process in ends]
+    assert [process.returncode for process in ends] == [0, 0], said
+    assert losses(run) == losses(on_one_host)
+
+
+def test_a_host_that_cannot_be_reached_is_named(hosts, hostfile, config, folder):
+    hosts.cut()
+    command = [*CEL, "train", config, "--hostfile", hostfile, f"run.dir={folder / 'cut'}"]
+    try:
+        process = hosts.start(0, command, stderr=subprocess.PIPE)
+        message = process.communicate()[1]
+    finally:
+        hosts.mend()
+    assert process.returncode == 2
+    assert message.startswith("error: cannot start on all nodes through ssh (")
+    assert hosts.addresses[1] in message
+    assert message.count("\n") == 1
+    assert not (folder / "cut").exists()
