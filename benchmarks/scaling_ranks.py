@@ -4,8 +4,8 @@ A dispatch mode sees every collective with its tensors, also those of DeepSpeed 
 sizes the profiler does not know. Counted steps are slowed down by it, so others are timed.
 """
 
-import gc
 import contextlib
+import gc
 import json
 import statistics
 import sys
