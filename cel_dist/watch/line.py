@@ -18,6 +18,7 @@ class Line:
         is_closed: whether the connection has ended, by either side.
         address: the other side's address.
         is_local: whether both sides are on one machine.
+        rank: the rank on the other side, once it is known.
     """
 
     def __init__(self, connection: socket.socket) -> None:
@@ -25,6 +26,7 @@ class Line:
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self.connection = connection
         self.is_closed = False
+        self.rank: int | None = None
         try:
             self.address = _plain(connection.getpeername()[0])
         except OSError:

@@ -82,7 +82,7 @@ class Watchdog:
         if world.is_main:
             self._joined.set()
         self._deadline: float | None = None
-        self._next_beat = now
+        self._next_beat = self._next_look = self._awake = now
         self._ends = list(socket.socketpair()) if world.size > 1 else []
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
@@ -163,14 +163,19 @@ class Watchdog:
                 self._listener.setblocking(False)
                 selector.register(self._listener, selectors.EVENT_READ, lambda: self._accept(selector))
             tick = min(self._limits.beat / 2, 0.25)
-            before, until, ended = time.monotonic(), None, set[Line]()
+            until, ended = None, set[Line]()
+            self._awake = time.monotonic()
             while True:
-                for key, _ in selector.select(tick if self._lines or self._joined.is_set() else 0):
+                for key, _ in selector.select(max(0.0, self._next_look - time.monotonic())):
                     key.data()
                 now = time.monotonic()
-                if (stood_still := now - before - tick) > max(1.0, self._limits.beat):
+                if (stood_still := now - self._awake - tick) > max(1.0, self._limits.beat):
                     self._roster.forgive(stood_still)
-                before = now
+                self._awake = now
+                if now < self._next_look:
+                    # Rank 0 of a large job hears of somebody all the time.
+                    continue
+                self._next_look = now + tick
                 self._send(now, selector)
                 if self._is_closing:
                     if until is None:
@@ -197,6 +202,7 @@ class Watchdog:
     def _woken(self) -> None:
         with suppress(OSError):
             self._ends[0].recv(1024)
+        self._next_look = 0.0
 
     def _accept(self, selector: selectors.BaseSelector) -> None:
         assert self._listener is not None
@@ -213,9 +219,10 @@ class Watchdog:
             self._roster.closed(0, now, surely=True)
             return
         except OSError:
-            # Whether it is to be waited for is a matter of how long nothing was heard.
+            # Whether it is to be waited for is a matter of how long nothing was heard. What this took counts.
+            self._awake = time.monotonic()
             return
-        self._lines[0] = line
+        self._lines[0], line.rank = line, 0
         selector.register(line.connection, selectors.EVENT_READ, lambda: self._hear(line, selector))
         line.send(hello=self._world.rank, token=self._token, host=socket.gethostname())
         self._next_beat = now
@@ -224,9 +231,8 @@ class Watchdog:
         now = time.monotonic()
         try:
             for message in line.receive():
-                rank = next((rank for rank, known in self._lines.items() if known is line), None)
-                if rank is not None:
-                    self._take(rank, line, message, now)
+                if line.rank is not None:
+                    self._take(line.rank, line, message, now)
                 elif message["token"] == self._token:
                     self._welcome(line, int(message["hello"]), str(message["host"]), now)
                 else:
@@ -238,7 +244,8 @@ class Watchdog:
             selector.unregister(line.connection)
             line.close()
             self._strangers.discard(line)
-            for rank in [rank for rank, known in self._lines.items() if known is line]:
+            self._next_look = 0.0
+            if (rank := line.rank) is not None and self._lines.get(rank) is line:
                 del self._lines[rank]
                 if self._world.is_main:
                     # A launcher that notices the same ends its other ranks within a second.
@@ -249,9 +256,11 @@ class Watchdog:
             raise ValueError(rank)
         if rank in self._lines:
             # It has come back before its former connection was seen to end.
-            self._lines.pop(rank).end()
+            former = self._lines.pop(rank)
+            former.rank = None
+            former.end()
         self._strangers.discard(line)
-        self._lines[rank] = line
+        self._lines[rank], line.rank = line, rank
         if line.is_local:
             self._local.add(rank)
         self._roster.came(rank, host, line.address, now)
@@ -268,7 +277,7 @@ class Watchdog:
             self._roster.came(rank, str(message["host"]), line.address, now)
             self._joined.set()
         elif "ask" in message:
-            self._is_asked = True
+            self._is_asked, self._next_look = True, 0.0
         elif "failed" in message:
             self._roster.failed(rank, str(message["failed"]), now)
         elif "done" in message:
@@ -301,7 +310,7 @@ class Watchdog:
         if finding is None:
             return
         if self._world.is_main:
-            self._outbox.append({"finding": finding})
+            self._tell(finding=finding)
             # Its own words are in the log of this machine already.
             is_said = finding.kind == "failed" and finding.ranks[0] in self._local
         else:
