@@ -1,9 +1,7 @@
 """What all ranks must know of a step before they update anything, in one collective, and what they do about a step that
 cannot be taken."""
 
-import json
 import math
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -12,8 +10,6 @@ from torch import Tensor
 
 from cel_dist.distributed import World
 from cel_dist.training.batches import TrainBatch
-
-SKIPPED = "skipped.jsonl"
 
 
 class Agreement(NamedTuple):
@@ -51,7 +47,7 @@ def agree(loss: Tensor, gradient_norm: Tensor, *, num_faults: int, is_stopping: 
     return Agreement(sum_of_losses / world.size, sum_of_norms / world.size, int(total_faults), int(num_stopping))
 
 
-def describe_batch(batch: TrainBatch, world: World) -> dict[str, Any]:
+def describe_batch(batch: TrainBatch, world: World) -> dict[str, list[int]]:
     """What tells the utterances of a global batch; all ranks call this.
 
     Returns:
@@ -64,10 +60,3 @@ def describe_batch(batch: TrainBatch, world: World) -> dict[str, Any]:
     dist.all_gather_object(parts, own)
     ids, not_finite = ([sample for part in parts for sample in part[place]] for place in (0, 1))
     return {"ids": ids, "not_finite": not_finite}
-
-
-def record_skipped(run_dir: Path, *, step: int, epoch: int, reason: str, batch: dict[str, Any]) -> None:
-    """Add a line to `skipped.jsonl`: step, epoch, reason, and what `describe_batch` says. Raises OSError."""
-    record = {"step": step, "epoch": epoch, "reason": reason, **batch}
-    with (run_dir / SKIPPED).open("a", encoding="utf-8") as file:
-        file.write(json.dumps(record) + "\n")

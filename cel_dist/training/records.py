@@ -2,6 +2,8 @@
 
 metrics.jsonl        one an interval: step, epoch, means of the losses, speed, learning rate, ...
 evaluations.jsonl    one an evaluation: step, epoch, eer, min_dcf
+skipped.jsonl        one a batch that was skipped: step, epoch, reason, ids of its samples, and `not_finite`, the ids of
+                     those whose features are not finite
 """
 
 import json
@@ -29,6 +31,7 @@ from cel_dist.training.line_file import LineFile
 from cel_dist.training.pace import Pace, evaluation_line, interval_line
 
 logger = logging.getLogger(__name__)
+SKIPPED = "skipped.jsonl"
 
 
 class Interval:
@@ -166,7 +169,8 @@ class Records:
         with writing(run_dir):
             _keep(run_dir / METRICS, lambda step: step <= state.step)
             _keep(run_dir / EVALUATIONS, lambda step: step < state.step or step == state.evaluated_step)
-            self._files = {name: LineFile(run_dir / name) for name in (METRICS, EVALUATIONS)}
+            _keep(run_dir / SKIPPED, lambda step: step <= state.step)
+            self._files = {name: LineFile(run_dir / name) for name in (METRICS, EVALUATIONS, SKIPPED)}
         evaluations = list(read_records(run_dir / EVALUATIONS))
         self._eer: float | None = evaluations[-1].get("eer") if evaluations else None
 
@@ -185,6 +189,11 @@ class Records:
         self._eer = eer
         self._write(EVALUATIONS, step, epoch, {"eer": eer, "min_dcf": min_dcf})
         logger.info("%s", evaluation_line(step, self._total_steps, epoch, eer, min_dcf))
+
+    def write_skipped(self, *, step: int, epoch: int, reason: str, batch: Mapping[str, list[int]]) -> None:
+        """Record a batch that was skipped, as `agreement.describe_batch` describes it."""
+        self._files[SKIPPED].append(json.dumps({"step": step, "epoch": epoch, "reason": reason, **batch}))
+        logger.warning("step %d (epoch %d) is skipped: %s", step, epoch, reason)
 
     def flush(self) -> None:
         """Write what a full disk has kept from being written.

@@ -2,7 +2,6 @@
 
 import logging
 import os
-import shutil
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -16,25 +15,25 @@ from cel_dist.config_file import dump_config
 from cel_dist.data.files import atomic_write, sole_writer
 from cel_dist.distributed import World
 from cel_dist.engine import Engine
-from cel_dist.engine_checkpoint import write_universal
 from cel_dist.errors import PreemptedError, RunError
 from cel_dist.evaluation.embed import raised_together
 from cel_dist.process_group import process_group
 from cel_dist.tracking import Tracker
-from cel_dist.training.agreement import SKIPPED, Agreement, agree, describe_batch, record_skipped
+from cel_dist.training.agreement import Agreement, agree, describe_batch
 from cel_dist.training.batches import Batches, TrainBatch
-from cel_dist.training.checkpoint import RANDOM, SavedRun
+from cel_dist.training.checkpoint import SavedRun
 from cel_dist.training.checkpoint_store import CheckpointStore
 from cel_dist.training.conclusion import catch_up, conclude
 from cel_dist.training.memory import advice_on_memory
 from cel_dist.training.objective import initial_encoder, new_encoder, new_objective
 from cel_dist.training.preflight import Checked, preflight
 from cel_dist.training.profile import StepProfile, named
-from cel_dist.training.random_state import restore_random_state, seed_all
-from cel_dist.training.records import Interval, Records, writing
+from cel_dist.training.random_state import seed_all
+from cel_dist.training.records import SKIPPED, Interval, Records, writing
 from cel_dist.training.result import TrainResult
+from cel_dist.training.resuming import agreed_start, go_on
 from cel_dist.training.schedule import learning_rate, num_steps
-from cel_dist.training.start import Start, find_start, signature
+from cel_dist.training.start import Start, signature
 from cel_dist.training.stopping import StopRequest, stop_requests
 from cel_dist.training.validation import VERSIONS, Validation
 from cel_dist.watch import Watchdog
@@ -110,7 +109,7 @@ class Trainer:
         self.config_text = dump_config(config)
         self.plan = checked.plan
         self.batches = Batches(config, checked, world, device)
-        start = self._agreed_start(resume)
+        start = agreed_start(config, world, steps_per_epoch=self.plan.steps_per_epoch, resume=resume)
         with raised_together(world):
             encoder = initial_encoder(config) if start.checkpoint is None else new_encoder(config)
         objective = new_objective(config, encoder, torch.distributed.group.WORLD, device.type == "cuda")
@@ -131,7 +130,10 @@ class Trainer:
         self.checkpoints.retire_after(self.state.step)
         seed_all(config.train.seed, world.rank)
         if start.checkpoint is not None and start.saved is not None:
-            self._load(start.checkpoint, start.saved, is_own=start.is_own)
+            self.batches.load_state_dict(start.saved.stream)
+            if start.is_own:
+                self.interval.load_state_dict(start.saved.interval)
+            go_on(self.engine, start.checkpoint, start.saved, config, world, device)
         self.is_fork = start.checkpoint is not None and not start.is_own
         steps_left = self.total_steps - self.state.step
         self.profile = StepProfile.of(config, steps_left, self.state.step, device) if world.is_main else StepProfile()
@@ -232,11 +234,8 @@ class Trainer:
         self.state.skipped += 1
         self.state.skipped_in_a_row += 1
         step = self.state.step
-        with raised_together(self.world):
-            if self.world.is_main:
-                with writing(self.run_dir):
-                    record_skipped(self.run_dir, step=step, epoch=batch.epoch, reason=reason, batch=described)
-                logger.warning("step %d (epoch %d) is skipped: %s", step, batch.epoch, reason)
+        if self.records:
+            self.records.write_skipped(step=step, epoch=batch.epoch, reason=reason, batch=described)
         if self.state.skipped_in_a_row <= self.config.train.max_skipped_steps:
             return
         self.checkpoints.settle()
@@ -262,46 +261,6 @@ class Trainer:
             "command goes on from it",
             said_by=0,
         )
-
-    def _agreed_start(self, resume: str) -> Start:
-        """Where the run begins, as rank 0 finds it, now that it holds the run folder."""
-        found: list[Start | None] = [None]
-        with raised_together(self.world):
-            if self.world.is_main:
-                found[0] = find_start(
-                    self.config,
-                    steps_per_epoch=self.plan.steps_per_epoch,
-                    num_ranks=self.world.size,
-                    resume=resume,
-                    contents=True,
-                )
-        if self.world.size > 1:
-            torch.distributed.broadcast_object_list(found, src=0)
-        assert found[0] is not None
-        return found[0]
-
-    def _load(self, checkpoint: Path, saved: SavedRun, *, is_own: bool) -> None:
-        former_stage, stage = saved.config.engine.zero_stage, self.config.engine.zero_stage
-        is_same_world = saved.num_ranks == self.world.size
-        if former_stage == stage and (is_same_world or stage == 0):
-            self.engine.load(checkpoint)
-        else:
-            folder = self.run_dir / "checkpoints" / f".universal-{checkpoint.name}"
-            with raised_together(self.world):
-                if self.world.is_main:
-                    write_universal(checkpoint, folder, stage=former_stage)
-            self.engine.load_universal(folder)
-            with raised_together(self.world):
-                # All have read it when all are here.
-                pass
-            if self.world.is_main:
-                shutil.rmtree(folder)
-        self.batches.load_state_dict(saved.stream)
-        random_file = checkpoint / RANDOM / f"rank-{self.world.rank:05d}.pt"
-        if is_same_world:
-            restore_random_state(torch.load(random_file, weights_only=True), self.device)
-        if is_own:
-            self.interval.load_state_dict(saved.interval)
 
     def _is_evaluation_due(self) -> bool:
         epoch_ends = self.state.step % (self.config.eval.every_epochs * self.plan.steps_per_epoch) == 0
