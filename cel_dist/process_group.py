@@ -5,7 +5,6 @@ Rank 0 serves a store at MASTER_ADDR:MASTER_PORT where the ranks find each other
 """
 
 import gc
-import itertools
 import json
 import logging
 import os
@@ -15,7 +14,7 @@ import sys
 import time
 import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import Any
 
@@ -35,9 +34,7 @@ logger = logging.getLogger(__name__)
 
 _LOOK_SECONDS = 0.1
 _REMIND_SECONDS = 60.0
-# A store outlives the group where its server is asked for again at once: what it said to the last group must not be
-# taken for what it says to the next one. All ranks count alike.
-_groups = itertools.count()
+_READ_SECONDS = 2.0
 
 
 @contextmanager
@@ -207,65 +204,80 @@ def _meet(world: World, told: dict[str, Any], timeout_seconds: float) -> tuple[c
         timeout_seconds: how long it waits.
 
     Returns:
-        The store, and what rank 0 let all know.
+        A part of the store that this job has for itself, and what rank 0 let all know.
     """
-    opened = _connect(world, timeout_seconds)
-    store = c10d.PrefixStore(f"cel_dist/group/{next(_groups)}", opened)
+    store = c10d.PrefixStore("cel_dist", _connect(world, timeout_seconds))
     if world.size == 1:
         return store, told
-    where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
     try:
-        store.set(f"came/{world.rank}", socket.gethostname())
-        if world.is_main:
-            missing = _missing(store, world, timeout_seconds)
-            store.set("told", json.dumps({"error": missing} if missing else told))
-            if missing:
-                # The others are to read it before the store is gone.
-                _wait_for_readers(store, world)
-                raise RunError(missing)
-        else:
-            # Rank 0 may have begun to wait later.
-            store.wait(["told"], timedelta(seconds=timeout_seconds + _REMIND_SECONDS))
-            told = json.loads(store.get("told"))
-            store.set(f"read/{world.rank}", "")
+        session, told = (
+            _call(store, world, told, timeout_seconds) if world.is_main else _answer(store, world, timeout_seconds)
+        )
     except dist.DistError:
+        where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
         raise RunError(
             f"rank 0 at {where} ended, or does not answer, before all ranks had joined; its log says why"
         ) from None
     if "error" in told:
         raise RunError(told["error"], said_by=0)
-    return store, told
+    return c10d.PrefixStore(session, store), told
 
 
-def _missing(store: c10d.Store, world: World, timeout_seconds: float) -> str | None:
-    """Wait for all ranks to come; who did not, as a line for people."""
-    missing, begin, reminded = list(range(world.size)), time.monotonic(), 0
-    while missing := [rank for rank in missing if not store.check([f"came/{rank}"])]:
+# A store may outlive a job: torchrun starts ranks again at the same one, and a process may form one group after
+# another. So rank 0 names a session, who answers names it and a number drawn anew, and rank 0 repeats these numbers:
+# neither side then takes for an answer what was said in another session.
+
+
+def _call(store: c10d.Store, world: World, told: dict[str, Any], timeout_seconds: float) -> tuple[str, dict[str, Any]]:
+    """Rank 0's part in `_meet`: its session, and what it told."""
+    session, begin, reminded = secrets.token_hex(8), time.monotonic(), 0
+    store.set("told", "{}")
+    store.set("session", session)
+    came: dict[int, dict[str, str]] = {}
+    while missing := [rank for rank in range(1, world.size) if rank not in came]:
+        for rank in missing:
+            if store.check([f"came/{rank}"]):
+                answer = json.loads(store.get(f"came/{rank}"))
+                if answer["session"] == session:
+                    came[rank] = answer
         waited = time.monotonic() - begin
-        if waited > timeout_seconds:
-            return (
-                f"{named(missing)} of {world.size} did not join within {timeout_seconds:g} s "
-                f"(engine.start_timeout_seconds); the others are on {_hosts(store, world, missing)}; look at the "
+        hosts = ", ".join(sorted({socket.gethostname(), *(answer["host"] for answer in came.values())}))
+        if len(came) < world.size - 1 and waited > timeout_seconds:
+            told = {
+                "error": f"{named(rank for rank in missing if rank not in came)} of {world.size} did not join within "
+                f"{timeout_seconds:g} s (engine.start_timeout_seconds); the others are on {hosts}; look at the "
                 "launcher's log of the other machines, and whether they reach MASTER_ADDR"
-            )
+            }
+            break
         if waited > (reminded + 1) * _REMIND_SECONDS:
             reminded += 1
-            hosts = _hosts(store, world, missing)
             logger.warning("waiting for %s for %.0f s; the others are on %s", named(missing), waited, hosts)
         time.sleep(_LOOK_SECONDS)
-    return None
+    numbers = {rank: answer["number"] for rank, answer in came.items()}
+    store.set("told", json.dumps({**told, "session": session, "numbers": numbers}))
+    if "error" in told and came:
+        # The store ends with this rank; the others are to have read why.
+        with suppress(dist.DistError):
+            store.wait([f"{session}/read/{rank}" for rank in came], timedelta(seconds=_READ_SECONDS))
+    return session, told
 
 
-def _hosts(store: c10d.Store, world: World, missing: list[int]) -> str:
-    there = set(range(world.size)).difference(missing)
-    return ", ".join(sorted({store.get(f"came/{rank}").decode() for rank in there}))
-
-
-def _wait_for_readers(store: c10d.Store, world: World) -> None:
-    there = [rank for rank in range(1, world.size) if store.check([f"came/{rank}"])]
-    until = time.monotonic() + 2
-    while time.monotonic() < until and not all(store.check([f"read/{rank}"]) for rank in there):
+def _answer(store: c10d.Store, world: World, timeout_seconds: float) -> tuple[str, dict[str, Any]]:
+    """The part of the others in `_meet`: rank 0's session, and what it told."""
+    number, answered = secrets.token_hex(8), ""
+    # Rank 0 gives up first, and says why.
+    until = time.monotonic() + timeout_seconds + _REMIND_SECONDS
+    while time.monotonic() < until:
+        if (session := store.get("session").decode()) != answered:
+            answer = {"session": session, "number": number, "host": socket.gethostname()}
+            store.set(f"came/{world.rank}", json.dumps(answer))
+            answered = session
+        told = json.loads(store.get("told"))
+        if told.get("session") == session and told["numbers"].get(str(world.rank)) == number:
+            store.set(f"{session}/read/{world.rank}", "")
+            return session, told
         time.sleep(_LOOK_SECONDS)
+    raise dist.DistStoreError("no answer")
 
 
 def _initialise(world: World, device: torch.device, store: c10d.Store, timeout_seconds: float) -> None:

@@ -1,24 +1,18 @@
 """Ranks that are lost, stand still, fail or never come: who is named, by whom, and that nobody is left behind."""
 
-import itertools
-import os
-import select
 import signal
 import socket
-import sys
-import threading
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from pathlib import Path
 
 import pytest
 from forked_ranks import Rank, Ranks
+from torch.distributed import TCPStore
 from training_runs import write_config
 
 from cel_dist.distributed import World, free_port
-from cel_dist.watch import Limits, Watchdog, listen
+from cel_dist.watch import Limits, Watchdog
 from cel_dist.watch.roster import Position, Roster
 
 PEER_SECONDS, STEP_SECONDS = 3.0, 2.0
@@ -53,7 +47,7 @@ class Job:
 
 @pytest.fixture(scope="module")
 def ranks() -> Iterator[Ranks]:
-    started = Ranks(Path(__file__).stem)
+    started = Ranks("watched_ranks")
     yield started
     started.close()
 
@@ -62,13 +56,14 @@ def ranks() -> Iterator[Ranks]:
 def job(ranks, tmp_path) -> Iterator[Callable[..., Job]]:
     jobs: list[Job] = []
 
-    def start(places=(0, 1, 2), size=3, what="add", config="", port="", **limits) -> Job:
+    def start(places=(0, 1, 2), size=3, what="add", config="", port="", environment=None, **limits) -> Job:
         limits = {"peer": PEER_SECONDS, "step": STEP_SECONDS, "start": 60.0, **limits}
         environment = {
             "WHAT": what,
             "CONFIG": config,
             "LIMITS": ",".join(f"{name}={value}" for name, value in limits.items()),
             "MASTER_PORT": port or str(free_port()),
+            **(environment or {}),
         }
         jobs.append(Job(ranks, tmp_path / "jobs" / str(len(jobs)), list(places), size, **environment))
         return jobs[-1]
@@ -135,7 +130,7 @@ def test_a_rank_that_hangs_is_named_with_what_it_does_and_shows_its_stack(job):
     assert line.startswith("error: rank 1 on ")
     assert "did not come on from step " in line
     assert " (waiting for data) for 2 s; the others wait at step " in line
-    assert "(adding); rank 1 in test_watchdog.py:" in line
+    assert "(adding); rank 1 in watched_ranks.py:" in line
     assert "(hang)" in line
     assert "rank 1 is here:\n" in said
 
@@ -179,7 +174,7 @@ def test_where_no_rank_is_seen_to_be_behind_the_places_of_all_are_said(job):
     assert codes == [1, 1, 1]
     assert len(lines) == 1
     assert "no rank came on from step " in lines[0]
-    assert "rank 2 in test_watchdog.py:" in lines[0]
+    assert "rank 2 in watched_ranks.py:" in lines[0]
     assert "(hang)" in lines[0]
     assert said.count("is here:\n") == 3
 
@@ -247,6 +242,17 @@ def test_a_run_ends_with_exit_code_1_when_a_rank_stops_or_is_killed_and_goes_on(
     assert "from step 2 to" in log or "from step 4 to" in log
 
 
+def test_ranks_that_start_again_at_the_same_store_do_not_take_what_was_said_there_for_an_answer(job):
+    # As torchrun serves one.
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    for _ in range(2):
+        running = job([0, 1], size=2, port=str(store.port), environment={"TORCHELASTIC_USE_AGENT_STORE": "True"})
+        running.ranks[1].wait_for("step 3")
+        running.ranks[1].send(signal.SIGKILL)
+        (line,), _, _ = running.errors(0)
+        assert line.startswith("error: rank 1 on ")
+
+
 def test_a_port_that_is_in_use_is_bad_input(job):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         running = job([0], port=str(taken.getsockname()[1]))
@@ -262,138 +268,3 @@ def test_ranks_that_never_join_are_named(job):
     assert codes == [1, 1]
     (line,) = lines
     assert line.startswith("error: ranks 1, 3 of 4 did not join within 1 s (engine.start_timeout_seconds); the others")
-
-
-def main() -> int:
-    """What a rank does."""
-    return {"add": add, "train": train, "reconnect": reconnect, "late": late}[os.environ["WHAT"]]()
-
-
-def train() -> int:
-    from cel_dist.train import main
-
-    return main([os.environ["CONFIG"]])
-
-
-def late() -> int:
-    """Rank 1 comes a second late to the default group, and again to another one once the timeout is half a second."""
-    import torch
-    import torch.distributed as dist
-
-    from cel_dist.process_group import set_timeout, start_process_group
-
-    world = World.from_environment()
-    start_process_group(world)
-    group = dist.new_group()
-    dist.all_reduce(torch.ones(1), group=group)
-    time.sleep(float(world.rank))
-    dist.all_reduce(torch.ones(1))
-    print("default group: late and in time", flush=True)
-    set_timeout(0.5)
-    time.sleep(2.0 * world.rank)
-    try:
-        dist.all_reduce(torch.ones(1), group=group)
-    except RuntimeError as error:
-        print(f"another group: {str(error).partition('] ')[2]}", flush=True)
-    # Until rank 1 has come.
-    time.sleep(1.0)
-    return 0
-
-
-def reconnect() -> int:
-    """Two watchdogs in one process, whose connection is cut between them, once for a moment and once for good."""
-    listener, between = listen(), socket.create_server(("127.0.0.1", 0))
-    # A stranger, who has no token and does not know the language.
-    where = ("127.0.0.1", listener.getsockname()[1])
-    stranger = socket.create_connection(where)
-    stranger.sendall(b'{"hello": 1, "token": "guessed", "host": "h"}\nGET / HTTP/1.0\n')
-
-    def carry(source: socket.socket, sink: socket.socket) -> None:
-        with suppress(OSError):
-            while data := source.recv(1000):
-                sink.sendall(data)
-
-    def connect() -> list[socket.socket]:
-        # From another address, as another machine.
-        ends = [between.accept()[0], socket.create_connection(where, None, ("127.0.0.2", 0))]
-        for source, sink in (ends, ends[::-1]):
-            threading.Thread(target=carry, args=(source, sink), daemon=True).start()
-        return ends
-
-    limits = Limits(60.0, 60.0, 20.0)
-    main = Watchdog(World(0, 2), limits, token="secret", listener=listener)
-    other = Watchdog(World(1, 2), limits, token="secret", main=between.getsockname())
-    with main, ThreadPoolExecutor() as pool:
-        connected = pool.submit(connect)
-        with other:
-            for _ in range(2):
-                ends, connected = connected.result(), pool.submit(connect)
-                for end in ends:
-                    end.shutdown(socket.SHUT_RDWR)
-            connected.result()
-            # Longer than a process is waited for that has lost its connection.
-            assert not main._found.wait(1.0)
-            assert stranger.recv(1) == b""
-            between.close()
-            other.done()
-        main.done()
-    return 0
-
-
-def add() -> int:
-    """Do at each step what stands on stdin."""
-    import logging
-
-    import torch
-
-    from cel_dist.config import EngineSection
-    from cel_dist.errors import CelError, RunError, exit_code
-    from cel_dist.process_group import own_store, process_group
-    from cel_dist.train import _is_said_here
-
-    logging.basicConfig(format="%(message)s")
-    torch.set_num_threads(1)
-    limits = dict(pair.split("=") for pair in os.environ["LIMITS"].split(","))
-    settings = EngineSection(**{f"{name}_timeout_seconds": float(value) for name, value in limits.items()})
-    world = World.from_environment()
-    try:
-        with process_group(world, settings) as (_, watchdog):
-            for step in itertools.count(1):
-                order, _, seconds = told().partition(" for ")
-                watchdog.at(step, "waiting for data")
-                if order == "hang":
-                    hang()
-                elif order == "fail":
-                    raise RunError(f"the disk of rank {world.rank} is full")
-                elif order == "store":
-                    with ThreadPoolExecutor() as pool:
-                        pool.submit(own_store("first").set, "key", "value").result()
-                        assert own_store("first").get("key") == b"value"
-                        assert not own_store("second").check(["key"])
-                elif order == "pause":
-                    time.sleep(float(seconds))
-                watchdog.at(step, "adding")
-                if order == "hang unseen":
-                    hang()
-                torch.distributed.all_reduce(torch.ones(1))
-                watchdog.at(step, "resting", alone=True)
-                # Two cores are enough for three ranks that do nothing.
-                time.sleep(float(seconds) if order == "work alone" else 0.01)
-                torch.distributed.all_reduce(torch.ones(1))
-                if order or step == 3:
-                    print(order or "step 3", flush=True)
-    except (CelError, RunError) as error:
-        if _is_said_here(error):
-            print(f"error: {error}", file=sys.stderr)
-        return exit_code(error)
-    return 0
-
-
-def told() -> str:
-    """What stands on stdin by now."""
-    return sys.stdin.readline().strip() if select.select([sys.stdin], [], [], 0)[0] else ""
-
-
-def hang() -> None:
-    while True:
-        time.sleep(1000)
