@@ -331,7 +331,7 @@ def test_what_does_not_end_when_asked_ends_at_the_second_signal(name, signals, o
 
 def test_a_run_that_fails_goes_on_and_one_that_is_asked_ends(config, tmp_path):
     file, run = config(data={"segment_frames": 16}, encoder={"embedding_dim": 16}), tmp_path / "run"
-    options = ["--nproc", "1", "--max-restarts", "2", "train.epochs=1000", "checkpoint.every_steps=1"]
+    options = ["--nproc", "1", "--max-restarts", "2", "train.epochs=40", "checkpoint.every_steps=1"]
     command = [*CEL, "train", str(file), *options]
     process = subprocess.Popen(command, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True)
     said, starts, last = [], [], 0
@@ -340,7 +340,7 @@ def test_a_run_that_fails_goes_on_and_one_that_is_asked_ends(config, tmp_path):
         if begins := re.search(r"from step (\d+) to", line):
             starts.append(int(begins[1]))
         # At the second step of a start, when the checkpoint of its first one is complete.
-        elif (step := re.match(r"step +(\d+) ", line)) and int(step[1]) == starts[-1] + 2 > last:
+        elif (step := re.match(r"step +(\d+)\b", line)) and int(step[1]) == starts[-1] + 2 > last:
             last = int(step[1])
             (node,) = psutil.Process(process.pid).children()[0].children()
             (rank,) = node.children()
