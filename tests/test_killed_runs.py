@@ -70,7 +70,7 @@ def is_launcher(process: psutil.Process) -> bool:
 
 
 def wait_for_a_moment(draw: random.Random, checkpoints: Path, job: subprocess.Popen[bytes]) -> str:
-    """One in four lies in the start of the run; the others lie some checkpoints later, half of them while one is written."""
+    """One in four lies in the start of the run; the others some checkpoints on, half of them while one is written."""
 
     def wait(is_there: Callable[[], bool]) -> None:
         while job.poll() is None and not is_there():

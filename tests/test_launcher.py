@@ -331,7 +331,7 @@ def test_what_does_not_end_when_asked_ends_at_the_second_signal(name, signals, o
 
 def test_a_run_that_fails_goes_on_and_one_that_is_asked_ends(config, tmp_path):
     file, run = config(data={"segment_frames": 16}, encoder={"embedding_dim": 16}), tmp_path / "run"
-    options = ["--nproc", "1", "--max-restarts", "3", "train.epochs=1000", "checkpoint.every_steps=1"]
+    options = ["--nproc", "1", "--max-restarts", "2", "train.epochs=40", "checkpoint.every_steps=1"]
     command = [*CEL, "train", str(file), *options]
     process = subprocess.Popen(command, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True)
     said, starts, last = [], [], 0
@@ -340,25 +340,23 @@ def test_a_run_that_fails_goes_on_and_one_that_is_asked_ends(config, tmp_path):
         if begins := re.search(r"from step (\d+) to", line):
             starts.append(int(begins[1]))
         # At the second step of a start, when the checkpoint of its first one is complete.
-        elif (step := re.match(r"step +(\d+) ", line)) and int(step[1]) == starts[-1] + 2 > last:
+        elif (step := re.match(r"step +(\d+)\b", line)) and int(step[1]) == starts[-1] + 2 > last:
             last = int(step[1])
             (node,) = psutil.Process(process.pid).children()[0].children()
             (rank,) = node.children()
             if len(starts) == 1:
-                rank.kill()
-            elif len(starts) == 2:
+                # The launcher above it then ends with 0.
                 node.kill()
             else:
                 process.send_signal(signal.SIGUSR1)
     assert process.wait() == EXIT_PREEMPTED, "".join(said)[-3000:]
     text = "".join(said)
-    assert "training failed: a rank was killed by SIGKILL; restart 1 of 3, from " in text
     assert "training failed: the launcher ended without a summary" in text
-    assert "restart 2 of 3, from step-0" in text
+    assert "; restart 1 of 2, from step-0" in text
     assert said[-1].startswith("error: training was asked to end (SIGUSR1) and did; run the same command again")
     # What a start had saved, the next one went on from.
-    assert (starts[0], len(starts)) == (0, 3)
-    assert 0 < starts[1] < starts[2]
+    assert len(starts) == 2
+    assert starts[0] == 0 < starts[1]
     assert not rank.is_running()
     with sole_writer(run):
-        assert Progress.of(run).step >= starts[2] + 2
+        assert Progress.of(run).step >= starts[1] + 2

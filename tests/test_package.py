@@ -18,7 +18,7 @@ IMPORTED_ONLY_BY = {
     "deepspeed": ("engine.py", "engine_checkpoint.py", "process_group.py"),
     "mlflow": ("tracking/",),
     "ray": ("data/ray_pool.py", "sweep.py"),
-    "psutil": ("launcher/", "losses/exchange.py"),
+    "psutil": ("launcher/ranks.py", "losses/exchange.py"),
     "webdataset": ("data/stream.py",),
     "torchaudio": ("features.py", "data/augment.py"),
     "soundfile": ("data/audio.py", "corpus/"),

@@ -1,6 +1,9 @@
 """Training over two hosts, which are network namespaces joined by a cable, as a user starts it there."""
 
+import shlex
+import signal
 import subprocess
+import sys
 from pathlib import Path
 
 import psutil
@@ -89,6 +92,34 @@ def test_without_ssh_each_host_starts_its_own(hosts, hostfile, config, on_one_ho
     assert losses(run) == losses(on_one_host)
 
 
+# Starts a rank through ssh, as `cel train` does with the launcher between them.
+DRIVER = """
+import sys
+from pathlib import Path
+from cel_dist.launcher.process import LaunchProcess
+with LaunchProcess(sys.argv[1]) as process:
+    print(process.run(sys.argv[3:], Path(sys.argv[2])), *[request.name for request in process.requests])
+"""
+RANK = """
+import signal, sys
+signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})
+print("up", flush=True)
+signal.sigwait({signal.SIGUSR1})
+sys.exit(75)
+"""
+
+
+def test_a_signal_reaches_the_ranks_behind_ssh(hosts, folder):
+    variables, address = folder / "signals" / ".environment", hosts.addresses[1]
+    rank = f"source {variables} && exec {shlex.join([sys.executable, '-c', RANK, 'cel_dist.train'])}"
+    command = [sys.executable, "-c", DRIVER, address, variables, "ssh", address, rank]
+    process = hosts.start(0, command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert process.stderr.readline() == "up\n"
+    process.send_signal(signal.SIGUSR1)
+    assert process.communicate()[0] == "75 SIGUSR1\n"
+    assert not variables.exists()
+
+
 def test_a_host_that_cannot_be_reached_is_named(hosts, hostfile, config, folder):
     hosts.cut()
     command = [*CEL, "train", config, "--hostfile", hostfile, f"run.dir={folder / 'cut'}"]
@@ -97,6 +128,8 @@ def test_a_host_that_cannot_be_reached_is_named(hosts, hostfile, config, folder)
         message = process.communicate()[1]
     finally:
         hosts.mend()
+    # The cable is whole again.
+    assert hosts.start(0, ["ssh", hosts.addresses[1], "true"]).wait() == 0
     assert process.returncode == 2
     assert message.startswith("error: cannot start on all nodes through ssh (")
     assert hosts.addresses[1] in message

@@ -96,7 +96,7 @@ def launcher_command(
         if placement.node_rank is not None:
             # Without an address the launcher asks for one through ssh.
             command += ["--no_ssh", "--node_rank", str(placement.node_rank)]
-            command += ["--master_addr", placement.master_addr or next(iter(hosts))]
+            command += ["--master_addr", placement.master_addr or next(iter(hosts)).rpartition("@")[2]]
         else:
             # A hostfile of one node is obeyed, too: it may be another machine than this one.
             command += ["--force_multi", "--no_ssh_check"]

@@ -11,11 +11,17 @@ from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any
 
-import psutil
-
 from cel_dist.errors import EXIT_PREEMPTED
 from cel_dist.launcher.nodes import launcher_environment, ssh_command, write_environment
-from cel_dist.launcher.ranks import LAUNCH, end_processes, new_launch, processes_of, signal_processes, signal_ranks
+from cel_dist.launcher.ranks import (
+    LAUNCH,
+    end_processes,
+    new_launch,
+    processes_of,
+    signal_processes,
+    signal_ranks,
+    wait_for_processes,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -90,7 +96,7 @@ class LaunchProcess:
                 self._pass_on(self.requests[-1])
             code = process.wait()
             # Where the launcher was killed, its ranks end by themselves.
-            psutil.wait_procs(processes_of(self._launch), timeout=_PATIENCE_SECONDS)
+            wait_for_processes(self._launch, patience_seconds=_PATIENCE_SECONDS)
             return code
         finally:
             end_processes(self._launch, patience_seconds=_PATIENCE_SECONDS)
@@ -117,7 +123,7 @@ class LaunchProcess:
         """Whether there was a rank to tell. One is enough: the ranks tell each other."""
         if self._first_host is None:
             return signal_ranks(self._launch, number) > 0
-        words = [sys.executable, "-m", "cel_dist.launcher.ranks", self._launch, str(number.value)]
+        words = [sys.executable, "-m", "cel_dist.launcher", self._launch, str(number.value)]
         path = os.environ.get("PYTHONPATH")
         if path:
             words = ["env", f"PYTHONPATH={path}", *words]

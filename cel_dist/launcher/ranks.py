@@ -11,6 +11,7 @@ import select
 import signal
 import sys
 import threading
+import time
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from typing import NoReturn
@@ -20,6 +21,7 @@ import psutil
 LAUNCH = "CEL_LAUNCH"
 _HERE, _OVER_SSH = "here", "ssh"
 _MODULE = "cel_dist.train"
+_LOOK_EVERY_SECONDS = 0.5
 
 
 def new_launch(*, over_ssh: bool) -> str:
@@ -54,13 +56,21 @@ def signal_processes(processes: list[psutil.Process], number: int) -> int:
 
 def end_processes(launch: str, *, patience_seconds: float) -> None:
     """Ask all processes of the launch on this machine to end, and end those that have not after a while."""
-    processes = processes_of(launch)
-    signal_processes(processes, signal.SIGTERM)
-    psutil.wait_procs(processes, timeout=patience_seconds)
-    # Those that stayed, and what a rank started meanwhile.
-    processes = processes_of(launch)
-    signal_processes(processes, signal.SIGKILL)
-    psutil.wait_procs(processes, timeout=patience_seconds)
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        signal_processes(processes_of(launch), number)
+        if wait_for_processes(launch, patience_seconds=patience_seconds):
+            return
+
+
+def wait_for_processes(launch: str, *, patience_seconds: float) -> bool:
+    """Wait until no process of the launch is left on this machine; returns whether that came to be."""
+    end = time.monotonic() + patience_seconds
+    while processes := processes_of(launch):
+        if time.monotonic() > end:
+            return False
+        # Not for long: what nobody waits for, as in a container, stays listed when it has ended.
+        psutil.wait_procs(processes, timeout=_LOOK_EVERY_SECONDS)
+    return True
 
 
 def end_with_launcher(environment: Mapping[str, str] = os.environ) -> None:
@@ -135,7 +145,3 @@ def _environment(process: psutil.Process) -> dict[str, str]:
         return {} if process.pid == os.getpid() else process.environ()
     except psutil.Error:
         return {}
-
-
-if __name__ == "__main__":
-    sys.exit(0 if signal_ranks(sys.argv[1], int(sys.argv[2])) else 1)
