@@ -171,7 +171,7 @@ sys.exit(int(sys.argv[3]))
             return [sys.executable, "-c", *saving, str(code)]
 
         with LaunchProcess(None) as process:
-            _train(command, process, Placement(1), run, "there", max_restarts)
+            _train(command, process, Placement(1), {}, run, "there", max_restarts)
 
     run = tmp_path / "run"
     with pytest.raises(CelError, match="training did not start"):
