@@ -123,13 +123,17 @@ def test_a_signal_reaches_the_ranks_behind_ssh(hosts, folder):
 def test_a_host_that_cannot_be_reached_is_named(hosts, hostfile, config, folder):
     hosts.cut()
     command = [*CEL, "train", config, "--hostfile", hostfile, f"run.dir={folder / 'cut'}"]
+    wait = "import sys; from cel_dist.launcher.nodes import wait_until_reachable as w; w(sys.argv[1:], lambda: False)"
     try:
         process = hosts.start(0, command, stderr=subprocess.PIPE)
         message = process.communicate()[1]
+        # A restart waits for it.
+        waiting = hosts.start(0, [sys.executable, "-c", wait, *hosts.addresses], stderr=subprocess.PIPE)
+        assert waiting.stderr.readline().startswith("waiting at most 600 s for what is lost: ")
     finally:
         hosts.mend()
-    # The cable is whole again.
-    assert hosts.start(0, ["ssh", hosts.addresses[1], "true"]).wait() == 0
+    assert waiting.communicate()[1] == ""
+    assert waiting.returncode == 0
     assert process.returncode == 2
     assert message.startswith("error: cannot start on all nodes through ssh (")
     assert hosts.addresses[1] in message

@@ -1,20 +1,26 @@
 """What the nodes of a job that is started through ssh need: words that arrive as they are, variables, and a pulse."""
 
+import logging
 import os
 import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from cel_dist.data.files import writing_into
-from cel_dist.errors import CelError
+from cel_dist.errors import CelError, RunError
+
+logger = logging.getLogger(__name__)
 
 # ssh notices within 40 seconds that the other end is gone, instead of never, and asks no questions that nobody answers.
 _SSH_OPTIONS = (
     "-o BatchMode=yes -o ConnectTimeout=15 -o ServerAliveInterval=10 -o ServerAliveCountMax=3 -o TCPKeepAlive=yes"
 )
+_RETURN_SECONDS = 600
+_LOOK_EVERY_SECONDS = 2
 # Variables whose names begin so reach the ranks of all nodes.
 FORWARDED = (
     "AWS_", "CEL_", "DS_", "FI_", "FSSPEC_", "GLOO_", "HTTPS_PROXY", "HTTP_PROXY", "KMP_", "LD_LIBRARY_PATH", "MKL_",
@@ -123,3 +129,28 @@ def require_reachable(hosts: list[str]) -> None:
             f"cannot start on all nodes through ssh ({what}); mend that, or start 'cel train' on every node with "
             "--no-ssh --node-rank I"
         )
+
+
+def wait_until_reachable(hosts: list[str], is_given_up: Callable[[], bool]) -> None:
+    """Wait for nodes that were lost, as while one starts anew or a cable is put right.
+
+    Args:
+        hosts: the nodes.
+        is_given_up: whether nobody wants them any more; then this returns.
+
+    Raises:
+        RunError: they are not back after ten minutes; names those that are missing.
+    """
+    end = time.monotonic() + _RETURN_SECONDS
+    is_said = False
+    while not is_given_up():
+        try:
+            require_reachable(hosts)
+            return
+        except CelError as error:
+            if time.monotonic() > end:
+                raise RunError(str(error)) from None
+            if not is_said:
+                logger.warning("waiting at most %d s for what is lost: %s", _RETURN_SECONDS, error)
+                is_said = True
+        time.sleep(_LOOK_EVERY_SECONDS)

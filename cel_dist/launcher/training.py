@@ -11,7 +11,7 @@ from cel_dist.config_file import load_config
 from cel_dist.data.files import sole_writer
 from cel_dist.errors import EXIT_PREEMPTED, CelError, PreemptedError, RunError
 from cel_dist.launcher.command import Placement, launcher_command
-from cel_dist.launcher.nodes import environment_file, require_reachable
+from cel_dist.launcher.nodes import environment_file, require_reachable, wait_until_reachable
 from cel_dist.launcher.process import LaunchProcess
 
 logger = logging.getLogger(__name__)
@@ -80,7 +80,7 @@ def _launch(
         environment = environment_file(settings.run.dir) if placement.over_ssh else None
         return launcher_command(config, overrides, placement, resume=resume, environment=environment)
 
-    _train(command, process, placement, settings.run.dir, resume, max_restarts)
+    _train(command, process, placement, hosts, settings.run.dir, resume, max_restarts)
     result = TrainResult.read(settings.run.dir)
     if result is None and placement.has_rank_0:
         raise RunError(f"training ended, but its summary in {settings.run.dir} cannot be read")
@@ -91,6 +91,7 @@ def _train(
     command_for: Callable[[str], list[str]],
     process: LaunchProcess,
     placement: Placement,
+    hosts: Mapping[str, int],
     run_dir: Path,
     resume: str,
     max_restarts: int,
@@ -120,6 +121,9 @@ def _train(
         logger.warning("training failed: %s; restart %d of %d, from %s%s", what, restart + 1, max_restarts, place, idle)
         if placement.has_rank_0:
             wait_until_released(run_dir)
+        if placement.over_ssh:
+            # A start without them would wait for them too, and then fail.
+            wait_until_reachable(list(hosts), lambda: bool(process.requests))
 
 
 def _raise_unless_worth_another_start(code: int, process: LaunchProcess, run_dir: Path) -> None:
