@@ -5,6 +5,7 @@ import signal
 import tarfile
 import time
 
+import psutil
 import pytest
 import soundfile
 import torch
@@ -216,7 +217,14 @@ def test_a_shard_that_disappears_during_training_is_named(small_corpus, tmp_path
 def test_a_reader_process_that_dies_is_an_error_within_ten_seconds(small_corpus):
     source = stream(small_corpus.shards, workers=2)
     next(source)
-    dead = readers_of()[-1]
+    # A scheduler that wants the job to end signals all its processes; the trainer needs them until it has ended.
+    readers = readers_of()
+    for process in (psutil.Process(readers[0]).parent(), *map(psutil.Process, readers)):
+        process.send_signal(signal.SIGTERM)
+        process.send_signal(signal.SIGUSR1)
+    take(source, 40)
+    assert readers_of() == readers
+    dead = readers[-1]
     os.kill(dead, signal.SIGKILL)
     begin = time.monotonic()
     with pytest.raises(RunError, match=rf"reader process {dead} \(exit code -9\) died"):

@@ -6,9 +6,11 @@ import signal
 import sys
 import threading
 from collections import deque
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from multiprocessing import resource_tracker
 from typing import TypeVar
 
 from cel_dist.errors import RunError
@@ -67,6 +69,21 @@ def _begin_worker() -> None:
     # Ctrl-C reaches the workers too: they end their job, which removes its temporary file, without a traceback each.
     signal.signal(signal.SIGINT, lambda number, frame: sys.exit(128 + number))
     end_with_parent()
+
+
+@contextmanager
+def deaf_to_schedulers() -> Iterator[None]:
+    """Let processes that are started within the block not hear SIGTERM and SIGUSR1, which a scheduler may send to all
+    processes of a job: the one that started them hears it, and needs them until it has ended. SIGKILL ends them."""
+    requests = {signal.SIGTERM, signal.SIGUSR1}
+    former = signal.pthread_sigmask(signal.SIG_BLOCK, requests)
+    try:
+        # It would start with the first process, and leaves SIGTERM unblocked in who started it.
+        resource_tracker.ensure_running()
+        signal.pthread_sigmask(signal.SIG_BLOCK, requests)
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, former)
 
 
 def end_with_parent() -> None:

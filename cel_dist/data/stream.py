@@ -14,7 +14,7 @@ from torch import Tensor
 
 from cel_dist.data.folder import ShardFolder
 from cel_dist.data.plan import Plan, PlannedBatch
-from cel_dist.data.pool import end_with_parent
+from cel_dist.data.pool import deaf_to_schedulers, end_with_parent
 from cel_dist.data.reader import SampleFault, SegmentReader
 from cel_dist.errors import RunError
 
@@ -135,7 +135,8 @@ class SegmentStream:
         """
         if self._batches is None:
             others = set(multiprocessing.active_children())
-            self._batches = iter(self._loader())
+            with deaf_to_schedulers():
+                self._batches = iter(self._loader())
             self._readers = [child for child in multiprocessing.active_children() if child not in others]
         try:
             batch = next(self._batches)
@@ -170,7 +171,7 @@ class SegmentStream:
         """End the reader processes."""
         # They hold nothing that must be put away; asked politely, one in the middle of a download takes its time.
         for reader in self._readers:
-            reader.terminate()
+            reader.kill()
         for reader in self._readers:
             reader.join(timeout=5)
         self._batches, self._readers = None, []
