@@ -1,4 +1,5 @@
-"""A run that is killed again and again, at moments drawn anew each time, ends as one that nobody touched."""
+"""A run that is killed, or asked to end, again and again, at moments drawn anew each time, ends as one that nobody
+touched."""
 
 import contextlib
 import os
@@ -18,10 +19,17 @@ from training_runs import CEL, ENVIRONMENT, LOSSES, records, write_config
 from cel_dist.model import load_model
 from cel_dist.training.checkpoint import complete_checkpoints
 
-# Some for every run of the tests; CEL_KILLS=20 for the whole of it.
-KILLS = int(os.environ.get("CEL_KILLS", "5"))
-STEPS = 6 * KILLS
-VICTIMS = ("a rank", "all ranks", "the launcher", "cel train")
+# Some for every run of the tests; CEL_ENDS=30 for twenty kills among as many ends.
+ENDS = int(os.environ.get("CEL_ENDS", "4"))
+STEPS = 6 * ENDS
+WAYS = (
+    "kill a rank",
+    "SIGTERM to cel train",
+    "kill the launcher",
+    "SIGUSR1 to a rank",
+    "kill all ranks",
+    "kill cel train",
+)
 # Of values that hold for the process that wrote them.
 TIMED = {"time", "utterances_per_second", "data_wait", "data_wait_seconds", "step_seconds", "memory_gib", "eta_seconds"}
 
@@ -96,19 +104,23 @@ def newest(checkpoints: Path) -> int:
     return max((int(path.name.removeprefix("step-")) for path in complete_checkpoints(checkpoints)), default=0)
 
 
-def kill(victim: str, job: subprocess.Popen[bytes], draw: random.Random) -> None:
+def end(way: str, job: subprocess.Popen[bytes], draw: random.Random) -> None:
     processes = processes_of(job)
     ranks = [process for process in processes if is_rank(process)]
-    launchers = [
-        process for process in processes if process not in ranks and "deepspeed" in " ".join(process.cmdline())
-    ]
-    match victim:
-        case "a rank":
+    signum = signal.SIGKILL
+    match way:
+        case "kill a rank":
             victims = [draw.choice(ranks)] if ranks else []
-        case "all ranks":
+        case "kill all ranks":
             victims = ranks
-        case "the launcher":
-            victims = launchers[-1:]
+        case "kill the launcher":
+            victims = [process for process in processes if is_launcher(process)][-1:]
+        case "SIGUSR1 to a rank":
+            # As Slurm may; rank 0 is not the only one that listens.
+            victims, signum = ranks[1:2], signal.SIGUSR1
+        case "SIGTERM to cel train":
+            job.terminate()
+            return
         case _:
             victims = []
     if not victims:
@@ -116,79 +128,52 @@ def kill(victim: str, job: subprocess.Popen[bytes], draw: random.Random) -> None
         job.kill()
     for process in victims:
         with contextlib.suppress(psutil.NoSuchProcess):
-            process.send_signal(signal.SIGKILL)
+            process.send_signal(signum)
 
 
 def untimed(run: Path, name: str) -> list[dict[str, float]]:
     return [{key: value for key, value in row.items() if key not in TIMED} for row in records(run, name)]
 
 
-@pytest.fixture(scope="module")
-def untouched(config):
-    """The folder of a run that went from its first step to its last."""
-    file = config("untouched")
-    log = file.with_suffix(".log")
-    assert start(file, log).wait(240) == 0, log.read_text()[-3000:]
-    return file.with_suffix("")
-
-
-def require_the_same(run: Path, untouched: Path, told: str) -> None:
-    """Both trained the same batches once each, and came to the same to the last bit."""
+def test_a_run_that_is_ended_again_and_again_comes_to_the_same(config, tmp_path):
+    untouched, ended = config("untouched"), config("ended")
+    log = tmp_path / "log"
+    assert start(untouched, log).wait(300) == 0, log.read_text()[-3000:]
+    seed = int(os.environ.get("CEL_ENDS_SEED", time.time_ns() % 10**9))
+    draw, told = random.Random(seed), [f"CEL_ENDS_SEED={seed}"]
+    run = ended.with_suffix("")
+    for number in range(ENDS):
+        log = tmp_path / f"log-{number}"
+        job = start(ended, log)
+        way = WAYS[number % len(WAYS)]
+        moment = wait_for_a_moment(draw, run / "checkpoints", job)
+        alive = processes_of(job)
+        end(way, job, draw)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            job.wait(90)
+        # Nobody is left who would write into the folder of the next start.
+        _, left = psutil.wait_procs(alive, timeout=60)
+        step = newest(run / "checkpoints")
+        told.append(f"{way}, {moment}: code {job.returncode}, step {step} is saved")
+        said = "\n".join([*told, log.read_text()[-3000:]])
+        assert job.returncode is not None, said
+        assert not left, said
+        assert "Traceback" not in log.read_text(), said
+        if "SIGTERM" in way:
+            assert job.returncode == 75, said
+        if (ending := re.search(r"ended by .* after step (\d+) of", log.read_text())) is not None:
+            assert job.returncode == 75, said
+            assert int(ending[1]) == step, said
+    log = tmp_path / "log"
+    last = start(ended, log)
+    assert last.wait(300) == 0, "\n".join([*told, log.read_text()[-3000:]])
+    print("\n".join(told))
     for name in ("metrics.jsonl", "evaluations.jsonl"):
-        assert untimed(run, name) == untimed(untouched, name), told
+        assert untimed(run, name) == untimed(untouched.with_suffix(""), name), told
     rows = records(run)
     assert [row["step"] for row in rows] == [*range(3, STEPS, 3), STEPS]
     assert set(LOSSES) <= set(rows[0])
-    one, other = (load_model(folder / "checkpoints" / f"step-{STEPS:08d}") for folder in (run, untouched))
+    one, other = (load_model(file.with_suffix("") / "checkpoints" / f"step-{STEPS:08d}") for file in (ended, untouched))
     for key, value in one.encoder.state_dict().items():
         assert torch.equal(value, other.encoder.state_dict()[key]), key
     assert not list((run / "checkpoints").glob(".*"))
-
-
-def test_a_killed_run_ends_as_an_untouched_one(config, untouched, tmp_path):
-    seed = int(os.environ.get("CEL_KILLS_SEED", time.time_ns() % 10**9))
-    draw = random.Random(seed)
-    killed, log = config("killed"), tmp_path / "killed.log"
-    run = killed.with_suffix("")
-    told = [f"CEL_KILLS_SEED={seed}"]
-    for number in range(KILLS):
-        job = start(killed, log)
-        moment = wait_for_a_moment(draw, run / "checkpoints", job)
-        alive = processes_of(job)
-        victim = VICTIMS[number % len(VICTIMS)]
-        kill(victim, job, draw)
-        try:
-            code = job.wait(90)
-        except subprocess.TimeoutExpired:
-            code = None
-        # Nobody is left who would write into the folder of the next attempt.
-        _, left = psutil.wait_procs(alive, timeout=60)
-        told.append(f"{victim}, {moment}: code {code}, step {newest(run / 'checkpoints')} is saved")
-        assert code is not None, "\n".join([*told, log.read_text()[-3000:]])
-        assert not left, "\n".join(told)
-        assert "Traceback" not in log.read_text().replace('Traceback (most recent call last):\n  File "<frozen', "")
-    last = start(killed, log)
-    assert last.wait(240) == 0, "\n".join([*told, log.read_text()[-3000:]])
-    print("\n".join(told))
-    require_the_same(run, untouched, "\n".join(told))
-
-
-def test_a_run_that_is_asked_to_end_saves_where_it_is_and_goes_on(config, untouched, tmp_path):
-    file, log = config("asked"), tmp_path / "asked.log"
-    run = file.with_suffix("")
-    # To `cel train`, as a container is told, and to a single rank, as Slurm may choose.
-    for number, signum in enumerate((signal.SIGTERM, signal.SIGUSR1)):
-        former = len(records(run)) if number else 0
-        job = start(file, log)
-        while job.poll() is None and not ((run / "metrics.jsonl").exists() and len(records(run)) > former):
-            time.sleep(0.05)
-        if number == 0:
-            job.send_signal(signum)
-        else:
-            [process for process in processes_of(job) if is_rank(process)][1].send_signal(signum)
-        assert job.wait(90) == 75, log.read_text()[-3000:]
-        step = newest(run / "checkpoints")
-        assert re.search(rf"ended by .* after step {step} of {STEPS}; the checkpoint is written", log.read_text())
-        assert "Traceback" not in log.read_text()
-    assert start(file, log).wait(240) == 0, log.read_text()[-3000:]
-    require_the_same(run, untouched, log.read_text()[-3000:])

@@ -104,22 +104,6 @@ def test_one_process_without_a_launcher_trains(config, tmp_path):
     assert "false_negatives" not in row
 
 
-def test_a_resumed_run_is_bit_identical_to_an_uninterrupted_one(config, tmp_path):
-    sections = {"train": {"epochs": 2, "max_steps": 5}, "engine": {"zero_stage": 2}}
-    run_world(2, train_job, config("whole", **sections), folder=tmp_path / "1")
-    part = config("part", **sections)
-    # Step 3 is no step at which the whole run writes a checkpoint.
-    run_world(2, train_job, part, ["train.max_steps=3"], folder=tmp_path / "2")
-    # What was recorded behind the checkpoint comes again, so it must not stay; nor what a crash left of a line.
-    with (tmp_path / "part" / "metrics.jsonl").open("a") as stream:
-        stream.write(json.dumps({"step": 4, "epoch": 0, "loss": 99.0}) + '\n{"step": 5, "ep\0\0\n')
-    results = run_world(2, train_job, part, folder=tmp_path / "3")
-    assert results[0]["steps"] == 5
-    assert losses(tmp_path / "part") == losses(tmp_path / "whole")
-    one, other = (load_model(tmp_path / name).encoder.state_dict() for name in ("whole", "part"))
-    assert all(torch.equal(one[name], other[name]) for name in one)
-
-
 def test_checkpoints_are_kept_as_configured_and_unfinished_ones_do_not_count(config, tmp_path):
     file = config(train={"max_steps": 4}, checkpoint={"every_steps": 1, "keep_last": 2})
     [(_, threads, _)] = run_world(1, train_and_name_threads, file, folder=tmp_path / "1")
