@@ -238,7 +238,7 @@ class Trainer:
             self.records.write_skipped(step=step, epoch=batch.epoch, reason=reason, batch=described)
         if self.state.skipped_in_a_row <= self.config.train.max_skipped_steps:
             return
-        self.checkpoints.settle()
+        self.checkpoints.wait()
         last = self.checkpoints.last()
         advice = (
             f"the last good state is {last}; go on from it in another run.dir, with --resume {last} and"
