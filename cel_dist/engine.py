@@ -41,6 +41,7 @@ class Engine:
         self._engine, *_ = deepspeed.initialize(
             model=objective.to(device), optimizer=optimizer, config=deepspeed_settings(config, world)
         )
+        engine_checkpoint.initialise(self._engine)
         self._before_pass: _Buffers | None = None
         # A script for reading DeepSpeed's files, which `model/` makes needless, and which rank 0 alone could fail to
         # write.

@@ -21,6 +21,23 @@ FOLDER = "engine"
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
+@torch.no_grad()
+def initialise(engine: Any) -> None:
+    """Give the optimizer of a DeepSpeed engine the state that it would make of its first step, so that a checkpoint has
+    all of it at any time."""
+    optimizer = engine.optimizer
+    # Around ZeRO's own there is another one.
+    inner = getattr(optimizer, "optimizer", optimizer)
+    stage = engine.zero_optimization_stage()
+    if stage == 0:
+        partitions = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    else:
+        partitions = optimizer.fp32_partitioned_groups_flat if stage == 3 else optimizer.single_partition_of_fp32_groups
+    for partition in partitions:
+        moments = {moment: torch.zeros_like(partition) for moment in _MOMENTS}
+        inner.state[partition] = {"step": torch.zeros(()), **moments}
+
+
 def snapshot(engine: Any) -> dict[str, Any]:
     """Copy to the CPU what this rank has to save of a DeepSpeed engine; all ranks call this together.
 

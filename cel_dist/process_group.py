@@ -27,7 +27,7 @@ from torch.distributed import distributed_c10d as c10d
 
 from cel_dist.config import EngineSection
 from cel_dist.distributed import World, free_port
-from cel_dist.errors import CelError, RunError
+from cel_dist.errors import CelError, PreemptedError, RunError
 from cel_dist.watch import Limits, Watchdog, listen, named
 
 logger = logging.getLogger(__name__)
@@ -74,6 +74,11 @@ def process_group(world: World, settings: EngineSection) -> Iterator[tuple[torch
             _initialise(world, device, store, limits.collective(True))
             yield device, watchdog
             watchdog.done()
+        except PreemptedError as error:
+            # All ranks leave alike, whatever time each of them takes.
+            traceback.clear_frames(error.__traceback__)
+            watchdog.done()
+            raise
         except Exception as error:
             # Frames in the traceback hold the engine, and with it the process group that is to end.
             traceback.clear_frames(error.__traceback__)

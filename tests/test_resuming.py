@@ -1,5 +1,6 @@
 """Going on with a run: what must be the same, what may change, and what of the earlier part still holds."""
 
+import errno
 import functools
 import json
 import os
@@ -15,10 +16,10 @@ from worlds import run_world
 
 from cel_dist.config import Config
 from cel_dist.config_file import load_config
-from cel_dist.errors import CelError
+from cel_dist.errors import CelError, RunError
 from cel_dist.model import load_model
 from cel_dist.tracking import Tracker
-from cel_dist.training.checkpoint import TrainState
+from cel_dist.training.checkpoint import TrainState, read_checkpoint
 from cel_dist.training.records import Records
 from cel_dist.training.start import Start, find_start
 from cel_dist.training.trainer import train
@@ -108,9 +109,10 @@ def test_a_new_end_of_the_cosine_schedule_is_remarked(small_corpus, finished, ru
     for checkpoint in (folder / "checkpoints").iterdir():
         text = (checkpoint / "config.yaml").read_text()
         (checkpoint / "config.yaml").write_text(text.replace("schedule: step", "schedule: cosine"))
-        record = json.loads((checkpoint / "state.json").read_text())
-        record["files"]["config.yaml"][0] += len("cosine") - len("step")
-        (checkpoint / "state.json").write_text(json.dumps(record))
+        saved = read_checkpoint(checkpoint)
+        size, digest = saved.files["config.yaml"]
+        files = {**saved.files, "config.yaml": (size + len("cosine") - len("step"), digest)}
+        (checkpoint / "state.json").write_bytes(replace(saved, files=files).record())
     settings = [override, "optim.schedule=cosine"]
     assert start_of(load_config(finished, settings)).remarks == ()
     (remark,) = start_of(load_config(finished, [*settings, "train.max_steps=5"])).remarks
@@ -141,13 +143,45 @@ def test_a_folder_with_a_run_is_not_overwritten(finished, run, tmp_path):
         start_of(config, str(finished.parent / "run" / "checkpoints" / "step-00000002"))
 
 
-@pytest.mark.parametrize("record", ["{}", '{"state": {"step": 4}}', '{"state": {"stride": 4}, "signature": {}}', "[]"])
+@pytest.mark.parametrize("record", ["{}", '{"state": {"step": 4}}', '{"sha256": ""}', "[]", "4", "{", ""])
 def test_a_damaged_state_of_a_checkpoint_is_named(finished, run, record):
     folder, override = run
     checkpoint = folder / "checkpoints" / "step-00000004"
     (checkpoint / "state.json").write_text(record)
     with pytest.raises(CelError, match=r"step-00000004/state\.json is damaged"):
         start_of(load_config(finished, [override]), str(checkpoint))
+
+
+def test_a_number_of_the_state_that_changed_is_damage(finished, run):
+    folder, override = run
+    state = folder / "checkpoints" / "step-00000004" / "state.json"
+    state.write_text(state.read_text().replace('"step": 4', '"step": 3', 1))
+    start = start_of(load_config(finished, [override]))
+    assert start.state.step == 3
+    assert "state.json is damaged (ValueError: other content than was written)" in start.remarks[0]
+
+
+def test_what_cannot_be_read_now_is_not_taken_for_damage(finished, run, monkeypatch):
+    folder, override = run
+    weights = folder / "checkpoints" / "step-00000004" / "engine" / "mp_rank_00_model_states.pt"
+    genuine = Path.stat
+
+    def stat(path, **options):
+        if path == weights:
+            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+        return genuine(path, **options)
+
+    # A network file system in such a state cannot be had here.
+    monkeypatch.setattr(Path, "stat", stat)
+    with pytest.raises(RunError, match=r"cannot read .*mp_rank_00_model_states\.pt: stale file handle"):
+        start_of(load_config(finished, [override]))
+
+
+def test_a_folder_of_checkpoints_is_no_checkpoint_and_names_its_newest(finished, tmp_path):
+    config = load_config(finished, [f"run.dir={tmp_path / 'fork'}"])
+    for folder in (finished.parent / "run", finished.parent / "run" / "checkpoints"):
+        with pytest.raises(CelError, match=r"it has no state\.json; the newest one in it is \S+step-00000004"):
+            start_of(config, str(folder))
 
 
 def test_a_damaged_checkpoint_is_passed_over_with_a_warning(finished, run):
@@ -214,6 +248,9 @@ def test_going_back_within_a_run_retires_what_lies_behind(finished, run, tmp_pat
     assert losses(folder) == {step: before[step] for step in (1, 2, 3)}
     assert [row["step"] for row in records(folder, "evaluations.jsonl")] == [0, 3]
     assert load_model(folder).description.training.step in (0, 3)
+    # The same command goes on, and does not go back again.
+    again = start_of(load_config(finished, [override, "train.max_steps=5"]), back)
+    assert again.checkpoint == checkpoints / "step-00000003"
 
 
 def test_a_run_begins_with_a_checkpoint_of_another_one_and_its_own_best_model(finished, tmp_path):
@@ -234,6 +271,10 @@ def test_a_run_begins_with_a_checkpoint_of_another_one_and_its_own_best_model(fi
     assert one.description.threshold is not None
     # From now on it is a run of its own.
     assert start_of(load_config(finished, settings)).result is not None
+    # Told the same once more, as a scheduler tells it, it does not begin once more.
+    again = start_of(load_config(finished, [*settings, "train.max_steps=9"]), checkpoint)
+    assert (again.checkpoint, again.is_own) == (tmp_path / "fork" / "checkpoints" / "step-00000004", True)
+    assert "the run began from" in again.remarks[0]
 
 
 def test_a_failed_validation_costs_nothing_that_was_trained(small_corpus, tmp_path):

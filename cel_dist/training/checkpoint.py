@@ -15,6 +15,7 @@
 `checkpoint_store` writes them.
 """
 
+import hashlib
 import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -23,12 +24,13 @@ from typing import Any
 from cel_dist.config import Config
 from cel_dist.config_file import load_config
 from cel_dist.data.files import sha256_of
-from cel_dist.errors import CelError
+from cel_dist.errors import CelError, RunError
 
 STATE = "state.json"
 CONFIG = "config.yaml"
 MODEL = "model"
 RANDOM = "random"
+_ANOTHER = "continue from another checkpoint with --resume"
 
 
 @dataclass
@@ -64,6 +66,7 @@ class SavedRun:
         interval: what was gathered since the last record (`records.Interval`).
         signature: what a run that goes on must agree in besides the configuration.
         num_ranks: ranks that wrote it.
+        begun_from: the checkpoint that the run was told to go on from; None if it found its own.
         versions: of the packages that wrote it.
         files: path in the folder to bytes and SHA-256.
         config: configuration.
@@ -74,6 +77,7 @@ class SavedRun:
     interval: dict[str, Any]
     signature: dict[str, Any]
     num_ranks: int
+    begun_from: str | None
     versions: dict[str, str]
     config: Config
     files: dict[str, tuple[int, str]] = field(default_factory=dict)
@@ -86,10 +90,11 @@ class SavedRun:
             "interval": self.interval,
             "signature": self.signature,
             "num_ranks": self.num_ranks,
+            "begun_from": self.begun_from,
             "versions": self.versions,
             "files": self.files,
         }
-        return json.dumps(record, indent=2).encode()
+        return json.dumps({**record, "sha256": _digest(record)}, indent=2).encode()
 
 
 def folder_name(step: int) -> str:
@@ -107,20 +112,29 @@ def read_checkpoint(checkpoint: Path) -> SavedRun:
 
     Raises:
         CelError: it is no complete checkpoint, or what it says is damaged.
+        RunError: it cannot be read at the moment, which says nothing about it.
     """
     try:
-        record = json.loads((checkpoint / STATE).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        raise CelError(f"{checkpoint} is no complete checkpoint: it has no readable {STATE}") from None
+        record = json.loads((checkpoint / STATE).read_bytes())
+        digest = record.pop("sha256", None) if isinstance(record, dict) else None
+    except (FileNotFoundError, NotADirectoryError):
+        inside = complete_checkpoints(checkpoint) or complete_checkpoints(checkpoint / "checkpoints")
+        hint = f"; the newest one in it is {inside[-1]}" if inside else ""
+        raise CelError(f"{checkpoint} is no complete checkpoint: it has no {STATE}{hint}") from None
+    except ValueError:
+        raise CelError(f"{checkpoint / STATE} is damaged: it cannot be read as JSON; {_ANOTHER}") from None
+    except OSError as error:
+        raise _unreadable(checkpoint / STATE, error) from error
     try:
+        if digest != _digest(record):
+            raise ValueError("other content than was written")
         state = TrainState(**record["state"])
-        parts = {name: record[name] for name in ("stream", "interval", "signature", "num_ranks", "versions")}
+        parts = {
+            name: record[name] for name in ("stream", "interval", "signature", "num_ranks", "begun_from", "versions")
+        }
         files = {str(name): (int(size), str(digest)) for name, (size, digest) in record["files"].items()}
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise CelError(
-            f"{checkpoint / STATE} is damaged ({type(error).__name__}: {error}); continue from another checkpoint with "
-            "--resume"
-        ) from None
+        raise CelError(f"{checkpoint / STATE} is damaged ({type(error).__name__}: {error}); {_ANOTHER}") from None
     return SavedRun(state, config=load_config(checkpoint / CONFIG), files=files, **parts)
 
 
@@ -134,14 +148,27 @@ def require_whole(checkpoint: Path, saved: SavedRun, *, contents: bool) -> None:
 
     Raises:
         CelError: a file is missing or another; the first one is named.
+        RunError: a file cannot be read at the moment, which says nothing about it.
     """
     for name, (size, digest) in saved.files.items():
         path = checkpoint / name
         try:
             found = path.stat().st_size
             is_same = found == size and (not contents or sha256_of(path) == digest)
-        except OSError:
-            raise CelError(f"checkpoint {checkpoint} is damaged: {name} is missing or cannot be read") from None
+        except (FileNotFoundError, NotADirectoryError):
+            raise CelError(f"checkpoint {checkpoint} is damaged: {name} is missing") from None
+        except OSError as error:
+            # A network file system that stumbles must not cost a good checkpoint.
+            raise _unreadable(path, error) from error
         if not is_same:
             what = f"has {found} bytes instead of {size}" if found != size else "has other bytes than were written"
             raise CelError(f"checkpoint {checkpoint} is damaged: {name} {what}")
+
+
+def _unreadable(path: Path, error: OSError) -> RunError:
+    reason = (error.strerror or str(error)).lower()
+    return RunError(f"cannot read {path}: {reason}; put that right and run the same command again")
+
+
+def _digest(record: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()

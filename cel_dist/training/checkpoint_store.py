@@ -14,12 +14,13 @@ import copy
 import json
 import logging
 import os
+import secrets
 import shutil
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -50,8 +51,8 @@ logger = logging.getLogger(__name__)
 
 Files = dict[str, tuple[int, str]]
 # A rank that is gone does not tell that its part is there. When the run ends, the others have this long.
-_PATIENCE = timedelta(seconds=10)
-_MOMENT = timedelta(seconds=1)
+_PATIENCE_SECONDS = 10.0
+_LOOK_SECONDS = 0.1
 
 
 class CheckpointStore:
@@ -85,6 +86,11 @@ class CheckpointStore:
         self._config_text = config_text
         # A connection of its own: one that waits holds up all who share it.
         self._told = own_store("checkpoint") if world.size > 1 else None
+        # Ranks of a start before this one may still be writing when their rank 0 is gone.
+        names = [secrets.token_hex(4)]
+        if world.size > 1:
+            dist.broadcast_object_list(names, src=0)
+        self._name = names[0]
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self._closing = threading.Event()
         self._pending: list[Future[None]] = []
@@ -146,20 +152,25 @@ class CheckpointStore:
         return complete[-1] if complete else None
 
     def retire_after(self, step: int) -> None:
-        """Take the checkpoints behind `step`, from where the run goes on in another way, out of the row, and remove
+        """Take the checkpoints after `step`, from where the run goes on in another way, out of the row, and remove
         what a killed run left half-written. Raises RunError on all ranks where that is not possible."""
         with raised_together(self._world):
             if not self._world.is_main:
                 return
             try:
-                for unfinished in self._folder.glob(".*"):
-                    shutil.rmtree(unfinished)
+                for kind in (".writing-*", ".former-*", ".universal-*"):
+                    for unfinished in self._folder.glob(kind):
+                        shutil.rmtree(unfinished, ignore_errors=True)
+                for path in self._folder.glob("step-*"):
+                    if not (path / STATE).exists():
+                        # Its removal was cut short.
+                        shutil.rmtree(path, ignore_errors=True)
                 for path in complete_checkpoints(self._folder):
                     if path.name > folder_name(step):
                         retired = path.with_name(f"retired-{path.name}")
                         shutil.rmtree(retired, ignore_errors=True)
                         os.replace(path, retired)
-                        logger.info("%s lies behind step %d, where the run goes on: now %s", path, step, retired.name)
+                        logger.info("%s is later than step %d, where the run goes on: now %s", path, step, retired.name)
             except OSError as error:
                 raise RunError(f"cannot change {self._folder}: {error.strerror}; check its permissions") from error
 
@@ -167,7 +178,7 @@ class CheckpointStore:
         self._pending.append(self._thread.submit(function, *arguments))
 
     def _temporary(self, step: int) -> Path:
-        return self._folder / f".writing-{folder_name(step)}"
+        return self._folder / f".writing-{folder_name(step)}-{self._name}"
 
     def _write_for_main(self, number: int, content: dict[str, Any], folder: Path) -> None:
         """Write this rank's part, and tell rank 0 what became of it."""
@@ -192,19 +203,24 @@ class CheckpointStore:
         except (OSError, RuntimeError, RunError) as error:
             problem = _reason(error)
         # In any case: nothing may be removed that another rank is writing.
-        parts = self._parts(number)
+        try:
+            parts = self._parts(number)
+        except RuntimeError as error:
+            parts = [{"problem": _reason(error)}]
         problem = problem or next((told["problem"] for told in parts if "problem" in told), None)
         for told in parts:
             files |= {name: (size, digest) for name, (size, digest) in told.get("files", {}).items()}
         self._saved = None
         if problem is None:
             try:
+                _require_all(temporary, files)
                 saved = replace(saved, files=files)
                 _complete(temporary, final, saved)
                 self._saved, self._failure = saved, None
-                self._prune(saved.state)
             except OSError as error:
                 problem = _reason(error)
+            else:
+                self._prune(saved.state)
         if problem is not None:
             shutil.rmtree(temporary, ignore_errors=True)
             self._failure = RunError(
@@ -215,22 +231,20 @@ class CheckpointStore:
 
     def _parts(self, number: int) -> list[dict[str, Any]]:
         """What the other ranks told of their parts."""
-        parts = []
-        waited = timedelta()
+        parts: list[dict[str, Any]] = []
+        closed_at = None
         for rank in range(1, self._world.size):
             assert self._told is not None
             key = f"{number}/{rank}"
-            while True:
-                try:
-                    self._told.wait([key], _MOMENT)
-                    parts.append(json.loads(self._told.get(key)))
-                    self._told.delete_key(key)
-                    break
-                except (dist.DistStoreError, dist.DistNetworkError):
-                    if self._closing.is_set():
-                        waited += _MOMENT
-                    if waited > _PATIENCE:
+            # Not `wait`, of which torch writes two lines to the log when it takes long.
+            while not self._told.check([key]):
+                if self._closing.wait(_LOOK_SECONDS):
+                    closed_at = closed_at or time.monotonic()
+                    if time.monotonic() > closed_at + _PATIENCE_SECONDS:
                         return [*parts, {"problem": f"rank {rank} did not write its part"}]
+                    time.sleep(_LOOK_SECONDS)
+            parts.append(json.loads(self._told.get(key)))
+            self._told.delete_key(key)
         return parts
 
     def _note(self, state: TrainState) -> None:
@@ -248,9 +262,13 @@ class CheckpointStore:
     def _prune(self, state: TrainState) -> None:
         for path in complete_checkpoints(self._folder)[: -self._keep_last]:
             if path.name != folder_name(state.best_step or 0):
-                # The marker goes first: a removal that is cut short must not leave something that looks complete.
-                (path / STATE).unlink()
-                shutil.rmtree(path)
+                try:
+                    # The marker goes first: a removal that is cut short must not leave something that looks complete.
+                    (path / STATE).unlink()
+                    shutil.rmtree(path)
+                except OSError as error:
+                    # The next start tries again.
+                    logger.warning("cannot remove the old checkpoint %s: %s", path, _reason(error))
 
 
 def _write_files(folder: Path, content: dict[str, Any]) -> Files:
@@ -260,7 +278,9 @@ def _write_files(folder: Path, content: dict[str, Any]) -> Files:
     for name, value in content.items():
         path = folder / name
         path.parent.mkdir(exist_ok=True)
-        torch.save(value, path)
+        # Given a name, torch tells of a full disk in words that do not say so.
+        with path.open("wb") as file:
+            torch.save(value, file)
         files[name] = _sealed(path)
     return files
 
@@ -269,6 +289,16 @@ def _sealed(path: Path) -> tuple[int, str]:
     """Wait until a file is on disk; its bytes and their SHA-256."""
     sync(path)
     return path.stat().st_size, sha256_of(path)
+
+
+def _require_all(folder: Path, files: Files) -> None:
+    """Raise OSError unless what all ranks say they wrote is here."""
+    for name, (size, _) in files.items():
+        path = folder / name
+        if not path.exists() or path.stat().st_size != size:
+            raise OSError(
+                f"{name}, which another rank wrote, is not here as it was written; all nodes must share run.dir"
+            )
 
 
 def _complete(temporary: Path, final: Path, saved: SavedRun) -> None:

@@ -4,6 +4,8 @@ import logging
 import os
 from pathlib import Path
 
+from cel_dist.data.files import sync
+
 logger = logging.getLogger(__name__)
 
 
@@ -55,6 +57,10 @@ class LineFile:
         if self._is_told:
             logger.info("%s is written again, nothing is missing", self._path)
             self._is_told = False
+
+    def sync(self) -> None:
+        """Wait until what was written is on disk. Raises OSError."""
+        sync(self._path)
 
     def _write(self, descriptor: int, line: bytes) -> None:
         written = 0

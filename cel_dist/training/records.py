@@ -83,6 +83,11 @@ class Interval:
         self._step_seconds.append(now - self._step_begin)
         self._step_begin = now
 
+    def add_skipped(self, *, waited: float, faults: int) -> None:
+        """Count a step that updated nothing: what it waited for data, in seconds, and what could not be read."""
+        self._waited += waited
+        self._faults += faults
+
     @property
     def is_empty(self) -> bool:
         """Whether no step was counted since the last record, by this process or the one before it."""
@@ -206,9 +211,11 @@ class Records:
                 file.flush()
 
     def try_to_flush(self) -> None:
-        """Write what waits if there is room by now: a run that goes on from a checkpoint takes its lines from here."""
-        with suppress(RunError):
-            self.flush()
+        """Have on disk what there is room for: a run that goes on from a checkpoint takes its lines from here."""
+        for file in self._files.values():
+            with suppress(OSError):
+                file.flush()
+                file.sync()
 
     def _write(self, name: str, step: int, epoch: int, values: Mapping[str, float]) -> None:
         seconds = round(time.time(), 3)

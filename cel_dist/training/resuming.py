@@ -1,6 +1,8 @@
-"""Going on from a checkpoint, all ranks alike."""
+"""Beginning a run in its folder, or going on from a checkpoint, all ranks alike."""
 
+import secrets
 import shutil
+import socket
 from pathlib import Path
 
 import torch
@@ -10,6 +12,7 @@ from cel_dist.config import Config
 from cel_dist.distributed import World
 from cel_dist.engine import Engine
 from cel_dist.engine_checkpoint import write_universal
+from cel_dist.errors import CelError
 from cel_dist.evaluation.embed import raised_together
 from cel_dist.training.checkpoint import RANDOM, SavedRun
 from cel_dist.training.random_state import restore_random_state
@@ -29,6 +32,29 @@ def agreed_start(config: Config, world: World, *, steps_per_epoch: int, resume: 
         dist.broadcast_object_list(found, src=0)
     assert found[0] is not None
     return found[0]
+
+
+def require_shared(run_dir: Path, world: World) -> None:
+    """Raise CelError on all ranks unless they see the run folder of rank 0: each of them writes its part of it."""
+    if world.size == 1:
+        return
+    # A name that nobody has asked for before: network file systems remember what was not there.
+    names = [f".seen-by-all-{secrets.token_hex(8)}"]
+    dist.broadcast_object_list(names, src=0)
+    token = run_dir / names[0]
+    try:
+        with raised_together(world):
+            if world.is_main:
+                token.touch()
+        with raised_together(world):
+            if not token.exists():
+                raise CelError(
+                    f"run.dir={run_dir} is not the same folder on all nodes: {socket.gethostname()} does not see what "
+                    "rank 0 writes there; put it on a disk that all nodes share"
+                )
+    finally:
+        if world.is_main:
+            token.unlink(missing_ok=True)
 
 
 def go_on(

@@ -55,6 +55,7 @@ class Start:
         checkpoint: what to load; None begins with the initial encoder.
         saved: what it says of itself.
         is_own: whether it is one of this run.
+        begun_from: the checkpoint that the run was told to go on from, now or before; None if it found its own.
         result: outcome of a run that has already reached its end, else None.
         remarks: what a user should know about the continuation.
     """
@@ -63,6 +64,7 @@ class Start:
     checkpoint: Path | None = None
     saved: SavedRun | None = None
     is_own: bool = False
+    begun_from: str | None = None
     result: TrainResult | None = None
     remarks: tuple[str, ...] = ()
 
@@ -96,8 +98,15 @@ def find_start(
         )
     if resume == "none" or (resume == "auto" and not complete):
         return Start()
-    if resume == "auto":
-        checkpoint, saved, remarks = _newest_whole(complete, contents=contents)
+    named = None if resume == "auto" else str(Path(resume).resolve())
+    newest = None if named is None or not complete else _newest_whole(complete, contents=contents)
+    if named is None or (newest is not None and newest[1].begun_from == named):
+        # Told the same again, as a scheduler tells it, the run goes on and does not begin once more.
+        checkpoint, saved, remarks = newest or _newest_whole(complete, contents=contents)
+        if named is not None:
+            remarks.append(
+                f"the run began from {resume} before and has come to {checkpoint.name} since, where it goes on"
+            )
     else:
         checkpoint, remarks = Path(resume), []
         saved = _read_whole(checkpoint, contents=contents)
@@ -123,7 +132,7 @@ def find_start(
     result = TrainResult.read(config.run.dir) if is_own and checkpoint == complete[-1] else None
     if result and not (result.steps == saved.state.step >= total):
         result = None
-    return Start(state, checkpoint, saved, is_own, result, tuple(remarks))
+    return Start(state, checkpoint, saved, is_own, named or saved.begun_from, result, tuple(remarks))
 
 
 def _read_whole(checkpoint: Path, *, contents: bool) -> SavedRun:

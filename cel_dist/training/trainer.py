@@ -31,7 +31,7 @@ from cel_dist.training.profile import StepProfile, named
 from cel_dist.training.random_state import seed_all
 from cel_dist.training.records import SKIPPED, Interval, Records, writing
 from cel_dist.training.result import TrainResult
-from cel_dist.training.resuming import agreed_start, go_on
+from cel_dist.training.resuming import agreed_start, go_on, require_shared
 from cel_dist.training.schedule import learning_rate, num_steps
 from cel_dist.training.start import Start, signature
 from cel_dist.training.stopping import StopRequest, stop_requests
@@ -82,6 +82,7 @@ def _sole_run(run_dir: Path, world: World) -> Iterator[None]:
             if world.is_main:
                 run_dir.mkdir(parents=True, exist_ok=True)
                 held.enter_context(sole_writer(run_dir, "cel train"))
+        require_shared(run_dir, world)
         yield
 
 
@@ -134,6 +135,7 @@ class Trainer:
             if start.is_own:
                 self.interval.load_state_dict(start.saved.interval)
             go_on(self.engine, start.checkpoint, start.saved, config, world, device)
+        self.begun_from = start.begun_from
         self.is_fork = start.checkpoint is not None and not start.is_own
         steps_left = self.total_steps - self.state.step
         self.profile = StepProfile.of(config, steps_left, self.state.step, device) if world.is_main else StepProfile()
@@ -228,6 +230,7 @@ class Trainer:
             RunError: too many of them in a row.
         """
         self.engine.discard()
+        self.interval.add_skipped(waited=batch.waited, faults=agreed.num_faults)
         reason = self.engine.problem or f"loss {agreed.loss}, gradient norm {agreed.gradient_norm}"
         described = describe_batch(batch, self.world)
         self.state.step += 1
@@ -285,7 +288,7 @@ class Trainer:
         result = self.validation.evaluate(self.engine, self.state)
         # What is being written may take the last room of a disk, and give it back.
         self.checkpoints.wait()
-        self.validation.keep_best()
+        self.validation.keep_best(required=self.state.step >= self.total_steps)
         if result is None:
             return
         with raised_together(self.world):
@@ -299,12 +302,14 @@ class Trainer:
         self.watchdog.at(self.state.step + 1, "saving a checkpoint", alone=True)
         if self.records:
             self.records.try_to_flush()
+        self.validation.keep_best()
         saved = SavedRun(
             state=self.state,
             stream=self.batches.state_dict(),
             interval=self.interval.state_dict(),
             signature=signature(steps_per_epoch=self.plan.steps_per_epoch),
             num_ranks=self.world.size,
+            begun_from=self.begun_from,
             versions=VERSIONS,
             config=self.config,
         )

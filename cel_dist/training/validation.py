@@ -1,5 +1,8 @@
 """Evaluation of the encoder during training, and the best model so far."""
 
+import copy
+import logging
+from contextlib import nullcontext
 from importlib.metadata import version
 from pathlib import Path
 
@@ -10,12 +13,14 @@ from cel_dist.config import Config
 from cel_dist.description import EncoderDescription, ModelDescription, Provenance
 from cel_dist.distributed import World
 from cel_dist.engine import Engine
+from cel_dist.errors import RunError
 from cel_dist.evaluation import Evaluation, evaluate
 from cel_dist.evaluation.embed import raised_together
 from cel_dist.model import SpeakerModel
 from cel_dist.training.checkpoint import TrainState
 from cel_dist.training.objective import new_encoder
 
+logger = logging.getLogger(__name__)
 VERSIONS = {name: version(name) for name in ("cel_dist", "torch", "deepspeed")}
 
 
@@ -64,8 +69,8 @@ class Validation:
             CelError: audio of the list cannot be used. All ranks raise.
         """
         model = self.model(engine, state.step)
-        self._best = (model, None)
         if self._config.eval.trials is None or self._config.eval.root is None:
+            self._best = (model, None)
             return None
         result = evaluate(model, self._config.eval.trials, self._config.eval.root, world=self._world)
         state.evaluated_step = state.step
@@ -74,25 +79,37 @@ class Validation:
         if state.best_eer is None or result.eer < state.best_eer:
             state.best_eer, state.best_step = result.eer, state.step
             self._best = (model, result)
-        else:
-            self._best = None
         return result
 
-    def keep_best(self) -> None:
-        """Write the model that was evaluated last, if it is the best so far.
+    def keep_best(self, *, required: bool = False) -> None:
+        """Write the model that was evaluated last, if it is the best so far and was not written yet.
+
+        Where that fails, rank 0 warns, and the next call tries again.
+
+        Args:
+            required: raise then instead, on all ranks.
 
         Raises:
-            RunError: the model folder cannot be written. All ranks raise.
+            RunError: the model folder cannot be written.
         """
-        best, self._best = self._best, None
-        if best is None:
-            return
-        model, result = best
-        with raised_together(self._world):
-            if not self._world.is_main:
+        best = self._best
+        with raised_together(self._world) if required else nullcontext():
+            if best is None or not self._world.is_main:
                 return
-            if result is not None:
-                result.write_scores(self._run_dir / "evaluation")
-                model = model.calibrate(result.threshold, result.calibration)
-                model.description.training.metrics = {"eer": result.eer, "min_dcf": result.min_dcf["0.05"]}
-            model.save(self._run_dir / "model")
+            try:
+                self._write(*best)
+            except RunError as error:
+                if required:
+                    raise
+                logger.warning("%s; it is tried again with the next checkpoint", error)
+                # The encoder's copy is used again.
+                self._best = (SpeakerModel(copy.deepcopy(best[0].encoder), best[0].description), best[1])
+            else:
+                self._best = None
+
+    def _write(self, model: SpeakerModel, result: Evaluation | None) -> None:
+        if result is not None:
+            result.write_scores(self._run_dir / "evaluation")
+            model = model.calibrate(result.threshold, result.calibration)
+            model.description.training.metrics = {"eer": result.eer, "min_dcf": result.min_dcf["0.05"]}
+        model.save(self._run_dir / "model")
