@@ -19,7 +19,7 @@ from cel_dist.config_file import load_config
 from cel_dist.errors import CelError, RunError
 from cel_dist.model import load_model
 from cel_dist.tracking import Tracker
-from cel_dist.training.checkpoint import TrainState, read_checkpoint
+from cel_dist.training.checkpoint import TrainState, complete_checkpoints, read_checkpoint
 from cel_dist.training.records import Records
 from cel_dist.training.start import Start, find_start
 from cel_dist.training.trainer import train
@@ -275,6 +275,27 @@ def test_a_run_begins_with_a_checkpoint_of_another_one_and_its_own_best_model(fi
     again = start_of(load_config(finished, [*settings, "train.max_steps=9"]), checkpoint)
     assert (again.checkpoint, again.is_own) == (tmp_path / "fork" / "checkpoints" / "step-00000004", True)
     assert "the run began from" in again.remarks[0]
+
+
+def test_a_run_goes_on_with_other_ranks_and_stages(finished, tmp_path):
+    former = finished.parent / "run"
+    settings = [f"run.dir={tmp_path / 'run'}", "eval.at_start=false"]
+    start = str(former / "checkpoints" / "step-00000002")
+    # One rank under stage 0 wrote it.
+    two = [*settings, "engine.zero_stage=2", "train.max_steps=3"]
+    assert run_world(2, train_job, finished, two, start, folder=tmp_path / "2")[0]["steps"] == 3
+    four = [*settings, "engine.zero_stage=3", "train.max_steps=4"]
+    assert run_world(4, train_job, finished, four, folder=tmp_path / "4")[0]["steps"] == 4
+    one = [*settings, "engine.zero_stage=0", "train.max_steps=5"]
+    assert run_world(1, train_job, finished, one, folder=tmp_path / "1")[0]["steps"] == 5
+    before, after = losses(former), losses(tmp_path / "run")
+    assert set(after) == {3, 4, 5}
+    for step in (3, 4):
+        # The same batches and parameters; sums in another order.
+        assert after[step] == pytest.approx(before[step], rel=2e-4)
+    checkpoints = tmp_path / "run" / "checkpoints"
+    assert [read_checkpoint(path).num_ranks for path in complete_checkpoints(checkpoints)] == [2, 2, 4, 1]
+    assert not list(checkpoints.glob(".*"))
 
 
 def test_a_failed_validation_costs_nothing_that_was_trained(small_corpus, tmp_path):
