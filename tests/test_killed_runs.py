@@ -20,7 +20,7 @@ from cel_dist.model import load_model
 from cel_dist.training.checkpoint import complete_checkpoints
 
 # Some for every run of the tests; CEL_ENDS=30 for twenty kills among as many ends.
-ENDS = int(os.environ.get("CEL_ENDS", "4"))
+ENDS = int(os.environ.get("CEL_ENDS", "3"))
 STEPS = 6 * ENDS
 WAYS = (
     "kill a rank",

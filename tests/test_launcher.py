@@ -292,7 +292,9 @@ def test_a_rank_that_no_launcher_started_stays_and_one_that_comes_too_late_ends(
 
 # Runs its arguments as a launcher would be run, and says how that ended.
 DRIVER = """
-import sys
+import signal, sys
+# A shell that runs the tests in its background has everything below it ignore Ctrl-C.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 from cel_dist.launcher.process import LaunchProcess
 with LaunchProcess(None) as process:
     code = process.run(sys.argv[1:], None)

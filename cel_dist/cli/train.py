@@ -29,7 +29,7 @@ def train(
         bool, typer.Option("--profile", help="Trace five steps into run.dir/profile; train.profile_steps=N for N.")
     ] = False,
     max_restarts: Annotated[
-        int, typer.Option(min=0, help="How often to start a run again that failed, from its newest checkpoint.")
+        int, typer.Option(help="How often to start a run again that failed, from its newest checkpoint.")
     ] = 0,
     no_ssh: Annotated[
         bool, typer.Option("--no-ssh", help="Start this node of the hostfile alone; run the command on every node.")
