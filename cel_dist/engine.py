@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from cel_dist import engine_checkpoint
 from cel_dist.config import Config
 from cel_dist.distributed import World
+from cel_dist.random_state import random_state, restore_random_state
 
 
 class Engine:
@@ -85,13 +86,13 @@ class Engine:
 
     def _in_chunks(self, features: Tensor, ids: Tensor | None) -> Any:
         chunks = features.chunk(self._chunks)
-        random_state = _RandomState(features.device)
+        drawn_from = random_state(features.device)
         buffers = self._before_pass
         assert buffers is not None
         with torch.no_grad():
             embeddings = torch.cat([self._engine("embed", chunk) for chunk in chunks]).requires_grad_()
         # Dropout is to repeat itself.
-        random_state.restore()
+        restore_random_state(drawn_from, features.device)
         with self._one_reduction():
             output = self._engine("compare", embeddings, ids)
             # Without parameters of the loss there is nothing that the engine would have to average.
@@ -223,20 +224,6 @@ class Engine:
         return deepspeed.zero.GatheredParameters(
             list(module.parameters()), modifier_rank=0 if write else None, enabled=self._stage == 3
         )
-
-
-class _RandomState:
-    """State of torch's generators, of the CPU and of the device in use."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._cpu = torch.get_rng_state()
-        self._device = device if device.type == "cuda" else None
-        self._cuda = torch.cuda.get_rng_state(device) if self._device else None
-
-    def restore(self) -> None:
-        torch.set_rng_state(self._cpu)
-        if self._device and self._cuda is not None:
-            torch.cuda.set_rng_state(self._cuda, self._device)
 
 
 class _Buffers:

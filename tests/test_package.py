@@ -40,6 +40,7 @@ MAY_KNOW = {
     "config": {"errors"},
     "distributed": {"errors"},
     "features": {"errors"},
+    "random_state": set(),
     "metrics": {"errors"},
     "config_file": {"errors", "config"},
     "encoders": {"errors"},

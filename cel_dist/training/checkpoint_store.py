@@ -35,6 +35,7 @@ from cel_dist.errors import CelError, RunError
 from cel_dist.evaluation.embed import raised_together
 from cel_dist.model import SpeakerModel
 from cel_dist.process_group import own_store
+from cel_dist.random_state import random_state
 from cel_dist.training.checkpoint import (
     CONFIG,
     MODEL,
@@ -45,7 +46,6 @@ from cel_dist.training.checkpoint import (
     complete_checkpoints,
     folder_name,
 )
-from cel_dist.training.random_state import random_state
 
 logger = logging.getLogger(__name__)
 

@@ -14,8 +14,8 @@ from cel_dist.engine import Engine
 from cel_dist.engine_checkpoint import write_universal
 from cel_dist.errors import CelError
 from cel_dist.evaluation.embed import raised_together
+from cel_dist.random_state import restore_random_state
 from cel_dist.training.checkpoint import RANDOM, SavedRun
-from cel_dist.training.random_state import restore_random_state
 from cel_dist.training.start import Start, find_start
 
 

@@ -18,6 +18,7 @@ from cel_dist.engine import Engine
 from cel_dist.errors import PreemptedError, RunError
 from cel_dist.evaluation.embed import raised_together
 from cel_dist.process_group import process_group
+from cel_dist.random_state import seed_all
 from cel_dist.tracking import Tracker
 from cel_dist.training.agreement import Agreement, agree, describe_batch
 from cel_dist.training.batches import Batches, TrainBatch
@@ -28,7 +29,6 @@ from cel_dist.training.memory import advice_on_memory
 from cel_dist.training.objective import initial_encoder, new_encoder, new_objective
 from cel_dist.training.preflight import Checked, preflight
 from cel_dist.training.profile import StepProfile, named
-from cel_dist.training.random_state import seed_all
 from cel_dist.training.records import SKIPPED, Interval, Records, writing
 from cel_dist.training.result import TrainResult
 from cel_dist.training.resuming import agreed_start, go_on, require_shared
