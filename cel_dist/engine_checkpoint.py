@@ -102,7 +102,8 @@ def write_universal(checkpoint: Path, folder: Path, *, stage: int) -> None:
             # It reports to standard output and standard error as it goes.
             with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
                 ds_to_universal.main(options)
-        _complete_optimizer_state(target)
+            if stage == 3:
+                _write_steps(target / "zero")
     except (OSError, RuntimeError, ValueError, EOFError, KeyError, IndexError, AssertionError) as error:
         reason = " ".join(str(error).split())[:300] or type(error).__name__
         raise RunError(f"checkpoint {checkpoint} cannot be converted for other ranks or stages: {reason}") from error
@@ -165,25 +166,15 @@ def _universal_from_stage_0(source: Path, target: Path) -> None:
         for moment in _MOMENTS:
             torch.save({"param": optimizer["state"][index][moment].clone()}, folder / f"{moment}.pt")
         torch.save(optimizer["state"][index]["step"], folder / "step.pt")
-    state = {"param_groups": optimizer["param_groups"], "ds_version": states["ds_version"]}
-    torch.save(state, target / "zero" / "optimizer_state.pt")
     states["optimizer"] = None
     torch.save(states, target / "mp_rank_00_model_states.pt")
 
 
-def _complete_optimizer_state(target: Path) -> None:
-    """Give the number of steps to every stage where it looks for it."""
-    path = target / "zero" / "optimizer_state.pt"
-    state = _load(path)
-    steps = [_load(file) for file in sorted((target / "zero").rglob("step.pt"))]
-    if steps:
-        # Stage 3 looks here.
-        state["optimizer_state_dict"] = {"state": {0: {"step": steps[0]}}, "param_groups": state["param_groups"]}
-        torch.save(state, path)
-    else:
-        step = state["optimizer_state_dict"]["state"][0]["step"]
-        for file in (target / "zero").rglob("fp32.pt"):
-            torch.save(step, file.with_name("step.pt"))
+def _write_steps(zero: Path) -> None:
+    """Give each parameter its number of steps, which the converter notes once for all where stage 3 wrote."""
+    step = _load(zero / "optimizer_state.pt")["optimizer_state_dict"]["state"][0]["step"]
+    for file in zero.rglob("fp32.pt"):
+        torch.save(step, file.with_name("step.pt"))
 
 
 def _of_parameter(zero: Path, name: str) -> tuple[Tensor, dict[str, Tensor]]:
