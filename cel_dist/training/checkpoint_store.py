@@ -227,7 +227,9 @@ class CheckpointStore:
                 f"checkpoint {final} cannot be written: {problem}; earlier ones are untouched, make room and run the "
                 "same command again"
             )
-            logger.warning("%s; until then training goes on", self._failure)
+            logger.warning(
+                "checkpoint %s cannot be written: %s; earlier ones are untouched, and training goes on", final, problem
+            )
 
     def _parts(self, number: int) -> list[dict[str, Any]]:
         """What the other ranks told of their parts."""
