@@ -28,7 +28,7 @@ from cel_dist.data.prepare import prepare
 from cel_dist.data.prepare_bank import prepare_bank
 from cel_dist.distributed import let_idle_threads_sleep
 from cel_dist.errors import CelError, RunError
-from cel_dist.launcher import launch
+from cel_dist.launcher import Placement, launch
 from cel_dist.training.result import SUMMARY
 
 PROJECT = Path(__file__).resolve().parent.parent
@@ -122,7 +122,7 @@ def train(options: argparse.Namespace, run: Path) -> None:
     prepare(data / "corpus", out / "shards", list_file=out / "train.txt")
     prepare_bank(data, out / "bank")
     resume = "auto" if options.resume else "none"
-    launch(options.config, overrides, num_ranks=options.nproc, hostfile=None, resume=resume)
+    launch(options.config, overrides, Placement(options.nproc), resume=resume)
 
 
 def require_checkpoints(config: Config) -> None:
