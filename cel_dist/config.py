@@ -4,6 +4,7 @@ A YAML file holds what differs from the defaults below (`config_file`). Every fi
 description, and combinations that cannot work are refused in `Config.check_combinations`.
 """
 
+import math
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -109,11 +110,57 @@ class EncoderSection(Section):
     """A model (folder, checkpoint, published file or MLflow URI) whose encoder weights are the start."""
 
 
+class LabelsSection(Section):
+    """Training with the speakers of the shards: batches of N speakers x M utterances, a segment of each."""
+
+    use: bool = False
+    """Train with labels. Off, nothing that trains knows who speaks."""
+    utterances: Positive = 2
+    """Utterances M of a speaker in a batch, which has train.batch_size / M speakers."""
+    max_segments: Positive = 100
+    """Most utterances of a speaker in an epoch, others each time."""
+    too_few: Literal["repeat", "drop"] = "repeat"
+    """Speakers with fewer than M utterances: take other segments of the same ones, or leave the speakers out."""
+    speeds_are_speakers: bool = False
+    """Count a voice at another speed (`augment.speeds`) as the voice of another speaker."""
+
+
+class HeadSection(Section):
+    """Class weights and margin of the losses that classify: softmax, cosface, arcface, adacos."""
+
+    margin: Annotated[Real, Field(ge=0, lt=2)] = 0.2
+    """Margin of `cosface` (of the cosine) and `arcface` (of the angle, in radians)."""
+    margin_from_epoch: Annotated[Real, Field(ge=0)] = 0.0
+    """Epoch up to which the margin is 0."""
+    margin_until_epoch: Annotated[Real, Field(ge=0)] = 0.0
+    """Epoch from which the margin is `margin`; it grows linearly between the two."""
+    scale: Annotated[Real, Field(gt=0)] = 30.0
+    """Scale of the cosines of `cosface` and `arcface`."""
+    sub_centres: Positive = 1
+    """Centres of a speaker (`cosface`, `arcface`), of which the nearest counts; more take noisy labels apart."""
+    weights: Literal["replicated", "sharded"] = "replicated"
+    """Class weights whole on every rank (or cut up by ZeRO), or of so many classes on each rank, outside of ZeRO: then no
+    rank holds or sends them all."""
+    init: str | None = None
+    """A checkpoint of a run with labels, or its run folder, whose class weights are the start of the speakers that it
+    has, by name; new ones are drawn."""
+
+
 class LossSection(Section):
     """The equilibrium of a similarity loss and the uniformity loss."""
 
-    similarity: Literal["angular_prototypical", "angular_contrastive", "prototypical", "ge2e"] = "angular_prototypical"
-    """The loss that pulls the views of an utterance together."""
+    similarity: Literal[
+        "angular_prototypical",
+        "angular_contrastive",
+        "prototypical",
+        "ge2e",
+        "softmax",
+        "cosface",
+        "arcface",
+        "adacos",
+    ] = "angular_prototypical"
+    """The loss that pulls the views of an utterance together, or with `labels.use` the utterances of a speaker. The
+    last four classify speakers, and need labels."""
     pairs: Literal["pon", "apn", "an"] = "pon"
     """The pairs whose distance uniformity maximises: within a view, all, or all but the positives."""
     t: Annotated[Real, Field(gt=0)] = 2.0
@@ -134,7 +181,7 @@ class TrainSection(Section):
     """How long, how large, how exact."""
 
     batch_size: Annotated[Whole, Field(ge=2)] = 200
-    """Utterances in the global batch K, over all ranks."""
+    """Utterances in the global batch K, over all ranks; with labels those of all its speakers."""
     epochs: Positive = 500
     """Passes over the data."""
     max_steps: Positive | None = None
@@ -163,6 +210,8 @@ class OptimSection(Section):
 
     lr: Annotated[Real, Field(gt=0)] = 1e-3
     """Peak learning rate."""
+    head_lr: Annotated[Real, Field(gt=0)] | None = None
+    """Peak learning rate of the parameters of the loss (class weights, w, b), on the same schedule. Default: `lr`."""
     schedule: Literal["step", "cosine"] = "step"
     """`step` multiplies by `decay` every `decay_epochs` (published); `cosine` falls to `min_lr` at the last step."""
     decay: Annotated[Real, Field(gt=0, le=1)] = 0.95
@@ -242,7 +291,9 @@ class Config(Section):
     data: DataSection
     augment: AugmentSection = AugmentSection()
     encoder: EncoderSection = EncoderSection()
+    labels: LabelsSection = LabelsSection()
     loss: LossSection = LossSection()
+    head: HeadSection = HeadSection()
     train: TrainSection = TrainSection()
     optim: OptimSection = OptimSection()
     engine: EngineSection = EngineSection()
@@ -268,7 +319,58 @@ class Config(Section):
             raise ValueError(f"optim.min_lr={self.optim.min_lr} is above optim.lr={self.optim.lr}; lower it")
         if (self.eval.trials is None) != (self.eval.root is None):
             raise ValueError("eval.trials and eval.root go together; set both or neither")
+        self._check_labels()
         return self
+
+    def _check_labels(self) -> None:
+        similarity, labels, head = self.loss.similarity, self.labels, self.head
+        if not labels.use:
+            if self.classifies:
+                raise ValueError(
+                    f"loss.similarity={similarity} classifies speakers, which needs labels; set labels.use=true, or "
+                    "another loss"
+                )
+            if labels != LabelsSection():
+                raise ValueError("the section labels has settings, but labels.use is false; set it to true")
+        elif self.train.batch_size % labels.utterances:
+            raise ValueError(
+                f"train.batch_size={self.train.batch_size} does not divide by labels.utterances={labels.utterances}; a "
+                "batch has as many utterances of every speaker"
+            )
+        elif similarity == "angular_contrastive" and labels.utterances != 2:
+            raise ValueError(f"loss.similarity={similarity} compares two utterances of a speaker; set labels.utterances=2")
+        elif not self.classifies and labels.utterances < 2:
+            raise ValueError(
+                f"loss.similarity={similarity} compares utterances of a speaker; set labels.utterances to 2 or more"
+            )
+        usable = {"softmax": {"weights", "init"}, "adacos": {"weights", "init"}}.get(
+            similarity, set(HeadSection.model_fields) if self.classifies else set()
+        )
+        for name, value in head:
+            if name not in usable and value != getattr(HeadSection(), name):
+                raise ValueError(f"head.{name}={value} means nothing to loss.similarity={similarity}; leave it out")
+        if similarity == "arcface" and head.margin >= math.pi / 2:
+            raise ValueError(f"head.margin={head.margin} is an angle; arcface takes less than {math.pi / 2:.2f}")
+        if head.margin_from_epoch > head.margin_until_epoch:
+            raise ValueError(
+                f"head.margin_from_epoch={head.margin_from_epoch} is after head.margin_until_epoch="
+                f"{head.margin_until_epoch}; raise the latter"
+            )
+
+    @property
+    def classifies(self) -> bool:
+        """Whether the loss has class weights."""
+        return self.loss.similarity in ("softmax", "cosface", "arcface", "adacos")
+
+    @property
+    def has_margin(self) -> bool:
+        """Whether the loss has a margin."""
+        return self.loss.similarity in ("cosface", "arcface")
+
+    @property
+    def rows(self) -> int:
+        """Rows of the global batch: utterances, or with labels speakers."""
+        return self.train.batch_size // self.labels.utterances if self.labels.use else self.train.batch_size
 
     @property
     def segment_samples(self) -> int:

@@ -12,11 +12,13 @@ from torch import Tensor, nn
 from cel_dist import engine_checkpoint
 from cel_dist.config import Config
 from cel_dist.distributed import World
+from cel_dist.engine_shards import Shards
 from cel_dist.random_state import random_state, restore_random_state
 
 
 class Engine:
-    """The objective, wrapped by DeepSpeed, with Adam in two parameter groups: encoder and loss.
+    """The objective, wrapped by DeepSpeed, with Adam in two parameter groups: encoder and loss. Class weights that are
+    sharded stay outside of DeepSpeed, with an Adam of their own (`engine_shards`).
 
     Args:
         objective: module with submodules `encoder` and `loss`; its forward returns what the loss returns.
@@ -31,6 +33,9 @@ class Engine:
         self._world = world
         self._stage = config.engine.zero_stage
         self._chunks = config.train.encode_chunks
+        self._clip_norm = config.optim.clip_norm
+        # Of each parameter group.
+        self._rates = (1.0, (config.optim.head_lr or config.optim.lr) / config.optim.lr)
         encoder = list(objective.get_submodule("encoder").parameters())
         loss = list(objective.get_submodule("loss").parameters())
         groups: list[dict[str, Any]] = [{"params": encoder, "weight_decay": config.optim.weight_decay}]
@@ -43,6 +48,11 @@ class Engine:
             model=objective.to(device), optimizer=optimizer, config=deepspeed_settings(config, world)
         )
         engine_checkpoint.initialise(self._engine)
+        head = getattr(objective.get_submodule("loss"), "head", None)
+        self._shards = None
+        if head is not None and head.sharded:
+            self._shards = Shards(head, world.rank, config.optim.lr * self._rates[1])
+        self._norm: Tensor | None = None
         self._before_pass: _Buffers | None = None
         # A script for reading DeepSpeed's files, which `model/` makes needless, and which rank 0 alone could fail to
         # write.
@@ -71,12 +81,13 @@ class Engine:
 
         Args:
             features: [B, V, 40, F] of this rank.
-            ids: [B] int64 ids of the samples, or None.
+            ids: [B] int64 ids of the samples, or classes of the speakers, or None.
 
         Returns:
             What the loss returns.
         """
         self._engine.train()
+        self._norm = None
         self._before_pass = _Buffers(self.objective)
         if self._chunks > 1:
             return self._in_chunks(features, ids)
@@ -121,36 +132,53 @@ class Engine:
         """Norm of the averaged gradient over all parameters, a scalar that is the same on all ranks, before
         clipping."""
         gradients = self._gradients()
-        total = torch.stack([gradient.float().square().sum() for gradient in gradients]).sum()
+        total = _sum_of_squares(gradients)
+        own = _sum_of_squares(self._shards.gradients()) if self._shards else torch.zeros_like(total)
+        # From stage 1 on a rank holds the averaged gradient of its partition only, and of shards always its own.
         if self._stage > 0:
-            # From stage 1 on a rank holds the averaged gradient of its partition only.
-            dist.all_reduce(total)
-        return total.sqrt()
+            own, total = own + total, torch.zeros_like(total)
+        if self._stage > 0 or self._shards:
+            dist.all_reduce(own)
+        self._norm = (total + own).sqrt()
+        return self._norm
 
     def step(self, learning_rate: float) -> None:
         """Clip if configured, update the parameters, keep the loss parameters in their range and the batch-norm
         statistics equal on all ranks."""
-        for group in self._engine.optimizer.param_groups:
-            group["lr"] = learning_rate
+        if self._clip_norm > 0:
+            self._clip()
+        for group, rate in zip(self._engine.optimizer.param_groups, self._rates, strict=False):
+            group["lr"] = learning_rate * rate
         self._engine.step()
+        if self._shards:
+            self._shards.step(learning_rate * self._rates[1])
         self._keep_scale_in_range()
         self._average_buffers()
 
+    def _clip(self) -> None:
+        """Scale the gradients down to the norm that is allowed. DeepSpeed's own clipping knows nothing of shards."""
+        norm = self.gradient_norm() if self._norm is None else self._norm
+        factor = (self._clip_norm / (norm + 1e-6)).clamp(max=1.0)
+        for gradient in [*self._gradients(), *(self._shards.gradients() if self._shards else [])]:
+            gradient.mul_(factor.to(gradient.dtype))
+
     def _keep_scale_in_range(self) -> None:
         loss = self.objective.get_submodule("loss")
-        with self._whole(loss, write=True):
+        scale = getattr(loss, "w", None)
+        if scale is None:
+            return
+        with self._whole([scale], write=True):
             loss.clamp_scale()  # type: ignore[operator]
         if self._stage == 0:
             return
         from deepspeed.utils import safe_set_full_fp32_param, safe_set_local_fp32_param
 
         # The optimizer has a copy of its own of every parameter, from which the next step goes on.
-        for parameter in loss.parameters():
-            if self._stage == 3:
-                # Given the whole, DeepSpeed would cut from one number a part for every rank.
-                safe_set_local_fp32_param(parameter, parameter.ds_tensor)  # type: ignore[attr-defined]
-            else:
-                safe_set_full_fp32_param(parameter, parameter.detach())
+        if self._stage == 3:
+            # Given the whole, DeepSpeed would cut from one number a part for every rank.
+            safe_set_local_fp32_param(scale, scale.ds_tensor)
+        else:
+            safe_set_full_fp32_param(scale, scale.detach())
 
     def _average_buffers(self) -> None:
         """Replace running statistics by their mean over the ranks: the engine saves rank 0's for all. After each
@@ -167,14 +195,30 @@ class Engine:
     def encoder_state(self) -> dict[str, Tensor]:
         """The encoder's whole state dict on the CPU, on every rank."""
         encoder = self.objective.get_submodule("encoder")
-        with self._whole(encoder):
+        with self._whole(list(encoder.parameters())):
             return {name: tensor.detach().to("cpu", copy=True) for name, tensor in encoder.state_dict().items()}
 
     def loss_scalars(self) -> dict[str, float]:
-        """The loss's learnable scalars by name (w, b)."""
+        """The loss's scalars by name: w and b, the margin, the scale of AdaCos."""
         loss = self.objective.get_submodule("loss")
-        with self._whole(loss):
+        head = getattr(loss, "head", None)
+        if head is not None:
+            values = {name: getattr(head, name, None) for name in ("margin", "scale")}
+            return {name: float(value) for name, value in values.items() if value is not None}
+        with self._whole(list(loss.parameters())):
             return {name: parameter.item() for name, parameter in loss.named_parameters()}
+
+    def set_margin(self, margin: float) -> None:
+        """The margin of the next steps, for a loss that has one."""
+        self.objective.get_submodule("loss").head.margin = margin  # type: ignore[union-attr]
+
+    def class_weights(self) -> dict[str, Tensor] | None:
+        """Class weights by name, whole, on the CPU of every rank; None for a loss without. All ranks call this."""
+        head = getattr(self.objective.get_submodule("loss"), "head", None)
+        if head is None:
+            return None
+        with self._whole(list(head.parameters())):
+            return {name: tensor.detach().to("cpu", copy=True) for name, tensor in head.class_weights().items()}
 
     def discard(self) -> None:
         """Forget the gradients of `forward_backward` and what it made of the buffers, instead of a `step`."""
@@ -186,12 +230,14 @@ class Engine:
             # Left there, they would be added to those of the next step.
             for group in optimizer.averaged_gradients:
                 optimizer.averaged_gradients[group] = None
+        if self._shards:
+            self._shards.discard()
         assert self._before_pass is not None
         self._before_pass.restore()
 
     def snapshot(self) -> dict[str, Any]:
         """What this rank has to save, copied to the CPU: files by name, for `torch.save`. All ranks call this."""
-        return engine_checkpoint.snapshot(self._engine)
+        return {**engine_checkpoint.snapshot(self._engine), **(self._shards.snapshot() if self._shards else {})}
 
     def load(self, checkpoint: Path) -> None:
         """Read what `snapshot` gave to ranks of the same number under the same stage, from `checkpoint/engine`; under
@@ -201,15 +247,25 @@ class Engine:
             RunError: files are missing or damaged.
         """
         engine_checkpoint.restore(self._engine, checkpoint)
+        self._load_shards(checkpoint)
 
-    def load_universal(self, folder: Path) -> None:
+    def load_universal(self, folder: Path, checkpoint: Path) -> None:
         """Read what `engine_checkpoint.write_universal` wrote, whatever ranks and stage it came from. All ranks call
         this.
+
+        Args:
+            folder: what it wrote.
+            checkpoint: what it wrote that from, in which shards fit any number of ranks.
 
         Raises:
             RunError: files are missing or damaged.
         """
         engine_checkpoint.restore_universal(self._engine, folder)
+        self._load_shards(checkpoint)
+
+    def _load_shards(self, checkpoint: Path) -> None:
+        if self._shards:
+            self._shards.restore(checkpoint / engine_checkpoint.FOLDER)
 
     def _gradients(self) -> list[Tensor]:
         if self._stage == 0:
@@ -217,13 +273,17 @@ class Engine:
         by_group = self._engine.optimizer.averaged_gradients
         return [gradient for group in by_group.values() if group is not None for gradient in group]
 
-    def _whole(self, module: nn.Module, write: bool = False) -> Any:
+    def _whole(self, parameters: list[nn.Parameter], write: bool = False) -> Any:
         import deepspeed
 
         # All ranks compute the same value, so the one of rank 0 stands for all when something was written.
         return deepspeed.zero.GatheredParameters(
-            list(module.parameters()), modifier_rank=0 if write else None, enabled=self._stage == 3
+            parameters, modifier_rank=0 if write else None, enabled=self._stage == 3
         )
+
+
+def _sum_of_squares(tensors: list[Tensor]) -> Tensor:
+    return torch.stack([tensor.float().square().sum() for tensor in tensors]).sum()
 
 
 class _Buffers:
@@ -267,8 +327,8 @@ def deepspeed_settings(config: Config, world: World) -> dict[str, Any]:
     settings: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": config.train.batch_size // world.size,
         "gradient_accumulation_steps": 1,
-        # DeepSpeed clips at 1.0 unless told otherwise.
-        "gradient_clipping": config.optim.clip_norm,
+        # DeepSpeed clips at 1.0 unless told otherwise; `Engine` clips.
+        "gradient_clipping": 0.0,
         "zero_optimization": {"stage": config.engine.zero_stage},
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,

@@ -47,6 +47,10 @@ def agree(loss: Tensor, gradient_norm: Tensor, *, num_faults: int, is_stopping: 
     return Agreement(sum_of_losses / world.size, sum_of_norms / world.size, int(total_faults), int(num_stopping))
 
 
+def _in_order(samples: Tensor) -> list[int]:
+    return list(dict.fromkeys(samples.flatten().tolist()))
+
+
 def describe_batch(batch: TrainBatch, world: World) -> dict[str, list[int]]:
     """What tells the utterances of a global batch; all ranks call this.
 
@@ -54,8 +58,9 @@ def describe_batch(batch: TrainBatch, world: World) -> dict[str, list[int]]:
         `ids` of the samples of all ranks, in the order of their rows, and of them `not_finite`, those whose features
         are not: the loss of the others is not finite through no fault of their audio.
     """
-    is_finite = batch.features.flatten(1).isfinite().all(dim=1)
-    own = batch.ids.tolist(), batch.ids[~is_finite].tolist()
+    is_finite = batch.features.flatten(2).isfinite().all(dim=2).cpu()
+    # The views of an utterance are one sample.
+    own = _in_order(batch.utterances), _in_order(batch.utterances[~is_finite])
     parts: list[Any] = [own] * world.size
     dist.all_gather_object(parts, own)
     ids, not_finite = ([sample for part in parts for sample in part[place]] for place in (0, 1))

@@ -28,7 +28,8 @@ class TrainBatch(NamedTuple):
     Attributes:
         epoch: epoch of the batch.
         step: step of the batch in its epoch.
-        ids: [B] int64 sample ids.
+        ids: [B] int64 sample ids; with labels the classes of the speakers.
+        utterances: [B, V] int64 on the CPU, places in the index.
         features: [B, V, 40, F].
         num_faults: rows whose utterance could not be read, so that another one is in its place.
         waited: seconds spent waiting for the readers.
@@ -39,6 +40,7 @@ class TrainBatch(NamedTuple):
     epoch: int
     step: int
     ids: Tensor
+    utterances: Tensor
     features: Tensor
     num_faults: int
     waited: float
@@ -57,7 +59,8 @@ class Batches:
 
     def __init__(self, config: Config, checked: Checked, world: World, device: torch.device) -> None:
         self._plan, self._world, self._device = checked.plan, world, device
-        self._rows = world.rows(config.train.batch_size)
+        self._rows = world.rows(config.rows)
+        self._num_classes = checked.num_speakers if config.labels.speeds_are_speakers else 0
         self.stream = SegmentStream(
             checked.shards,
             checked.plan,
@@ -67,7 +70,8 @@ class Batches:
             max_fault_rate=config.data.max_fault_rate,
         )
         index = checked.shards.index
-        self.false_negatives = FalseNegatives(
+        # With labels no negative is false.
+        self.false_negatives = None if config.labels.use else FalseNegatives(
             index.speaker,
             # A list of all utterances takes memory that grows with them.
             checked.plan.usable() if len(index.speaker_names) else len(checked.plan),
@@ -97,7 +101,7 @@ class Batches:
         waited = time.perf_counter() - begin
         self._report(batch)
         rate = None
-        if self._world.is_main:
+        if self._world.is_main and self.false_negatives:
             rate = self.false_negatives.rate(self._plan.batch(batch.epoch, batch.step).ids)
         segments = batch.segments.to(self._device, non_blocking=True)
         with named("augment"):
@@ -107,7 +111,14 @@ class Batches:
         with named("features"):
             features: Tensor = self._features(waves.flatten(0, 1)).unflatten(0, waves.shape[:2])
         ids = batch.ids.to(self._device)
-        return TrainBatch(batch.epoch, batch.step, ids, features, len(batch.faults), waited, rate)
+        if self._num_classes:
+            speeds = self._augment.speeds(
+                epoch=batch.epoch, step=batch.step, rows=self._rows, batch_size=self._plan.batch_size
+            )
+            ids = ids + self._num_classes * speeds.to(ids.device)
+        return TrainBatch(
+            batch.epoch, batch.step, ids, batch.utterances, features, len(batch.faults), waited, rate
+        )
 
     def close(self) -> None:
         """End the reader processes."""

@@ -46,6 +46,7 @@ from cel_dist.training.checkpoint import (
     complete_checkpoints,
     folder_name,
 )
+from cel_dist.training.classes import Classes
 
 logger = logging.getLogger(__name__)
 
@@ -98,7 +99,7 @@ class CheckpointStore:
         self._saved = newest
         self._failure: RunError | None = None
 
-    def save(self, engine: Engine, model: SpeakerModel, saved: SavedRun) -> None:
+    def save(self, engine: Engine, model: SpeakerModel, saved: SavedRun, classes: Classes | None = None) -> None:
         """Copy the checkpoint of `saved.state.step`, and have it written while training goes on.
 
         One copy is held at a time, so this waits for the checkpoint before. One that cannot be written is warned of in
@@ -108,6 +109,7 @@ class CheckpointStore:
             engine: what trains.
             model: the encoder as it is now; rank 0's is written.
             saved: what the checkpoint says of the run.
+            classes: class weights with the names of their speakers; rank 0's are written.
         """
         self.wait()
         self._number += 1
@@ -116,7 +118,7 @@ class CheckpointStore:
         saved = replace(saved, state=replace(saved.state))
         if self._world.is_main:
             model = SpeakerModel(copy.deepcopy(model.encoder).cpu(), model.description)
-            self._begin(self._write_all, self._number, content, model, saved)
+            self._begin(self._write_all, self._number, content, model, saved, classes)
         else:
             self._begin(self._write_for_main, self._number, content, self._temporary(saved.state.step))
 
@@ -189,7 +191,9 @@ class CheckpointStore:
             told = {"problem": _reason(error)}
         self._told.set(f"{number}/{self._world.rank}", json.dumps(told))
 
-    def _write_all(self, number: int, content: dict[str, Any], model: SpeakerModel, saved: SavedRun) -> None:
+    def _write_all(
+        self, number: int, content: dict[str, Any], model: SpeakerModel, saved: SavedRun, classes: Classes | None
+    ) -> None:
         final, temporary = self._folder / folder_name(saved.state.step), self._temporary(saved.state.step)
         problem = None
         files: Files = {}
@@ -197,7 +201,10 @@ class CheckpointStore:
             files = _write_files(temporary, content)
             model.save(temporary / MODEL)
             (temporary / CONFIG).write_text(self._config_text, encoding="utf-8")
-            for path in [temporary / CONFIG, *sorted((temporary / MODEL).iterdir())]:
+            written = [temporary / CONFIG, *sorted((temporary / MODEL).iterdir())]
+            if classes is not None:
+                written.append(classes.write(temporary))
+            for path in written:
                 files[path.relative_to(temporary).as_posix()] = _sealed(path)
         # torch reports a full disk as a RuntimeError, `SpeakerModel.save` as a RunError.
         except (OSError, RuntimeError, RunError) as error:

@@ -14,6 +14,7 @@ from cel_dist.encoders import build_encoder
 from cel_dist.encoders.batch_norm import with_global_batch_norm
 from cel_dist.losses import EquilibriumLoss, LossOutput
 from cel_dist.losses.batch import EmbeddingsError
+from cel_dist.losses.supervised import AdaCos, ArcFace, ClassificationHead, CosFace, Softmax, SupervisedLoss
 from cel_dist.model import load_model, load_weights
 
 
@@ -25,12 +26,12 @@ class Objective(nn.Module):
 
     Args:
         encoder: [n, 40, F] to [n, D].
-        loss: the equilibrium loss over all ranks.
+        loss: the loss over all ranks.
         views: `separate` passes the views one by one, so that batch norm normalises each by its own statistics, as in
             the published implementation; `joint` passes them together.
     """
 
-    def __init__(self, encoder: nn.Module, loss: EquilibriumLoss, views: Literal["separate", "joint"]) -> None:
+    def __init__(self, encoder: nn.Module, loss: nn.Module, views: Literal["separate", "joint"]) -> None:
         super().__init__()
         self.encoder = encoder
         self.loss = loss
@@ -40,7 +41,7 @@ class Objective(nn.Module):
         """One step of the objective.
 
         Args:
-            step: `whole` takes features [B, V, 40, F] and ids [B] or None to a LossOutput; `embed` takes features to
+            step: `whole` takes features [B, V, 40, F] and ids (or classes) [B] or None to a LossOutput; `embed` takes features to
                 embeddings [B, V, D]; `compare` takes embeddings and ids to a LossOutput; `pull` takes features and
                 gradients [B, V, D] at their embeddings to a scalar whose gradient is that of the loss.
             inputs: what the step takes.
@@ -92,7 +93,9 @@ class TrainingLoss(EquilibriumLoss):
             return LossOutput(loss, *(loss.detach() for _ in LossOutput._fields[1:]))
 
 
-def new_objective(config: Config, encoder: nn.Module, group: dist.ProcessGroup | None, on_gpu: bool) -> Objective:
+def new_objective(
+    config: Config, encoder: nn.Module, group: dist.ProcessGroup | None, on_gpu: bool, num_classes: int | None = None
+) -> Objective:
     """The objective of the configuration over a group of ranks (None: this process alone).
 
     Args:
@@ -100,20 +103,48 @@ def new_objective(config: Config, encoder: nn.Module, group: dist.ProcessGroup |
         encoder: the encoder to train; its batch norm is changed in place if that is to be global.
         group: the ranks that share the batch.
         on_gpu: whether it is going to compute on a GPU.
+        num_classes: of a loss that classifies.
     """
-    loss = TrainingLoss(
-        similarity=config.loss.similarity,
-        pairs=config.loss.pairs,
-        t=config.loss.t,
-        lambda_s=config.loss.lambda_s,
-        lambda_u=config.loss.lambda_u,
-        group=group,
-        exchange=config.loss.exchange,
-        matmul=config.loss.matmul,
-    )
+    settings: dict[str, Any] = {
+        "pairs": config.loss.pairs,
+        "t": config.loss.t,
+        "lambda_s": config.loss.lambda_s,
+        "lambda_u": config.loss.lambda_u,
+        "group": group,
+        "exchange": config.loss.exchange,
+        "matmul": config.loss.matmul,
+    }
+    loss: nn.Module
+    if config.classifies:
+        assert num_classes is not None
+        loss = SupervisedLoss(_new_head(config, num_classes, group), skip_unusable=True, **settings)
+    else:
+        loss = TrainingLoss(similarity=config.loss.similarity, **settings)
     if config.encoder.batch_norm == "global":
         encoder = with_global_batch_norm(encoder, group, on_gpu)
     return Objective(encoder, loss, config.encoder.views)
+
+
+def _new_head(config: Config, num_classes: int, group: dist.ProcessGroup | None) -> ClassificationHead:
+    """The head of the configuration, with class weights drawn from the seed: the same for any number of ranks."""
+    head, margins = config.head, {"margin": config.head.margin, "scale": config.head.scale}
+    common: dict[str, Any] = {
+        "matmul": config.loss.matmul,
+        "embedding_dim": config.encoder.embedding_dim,
+        "classes": num_classes,
+        "group": group,
+        "sharded": head.weights == "sharded",
+        "seed": config.train.seed,
+    }
+    match config.loss.similarity:
+        case "softmax":
+            return Softmax(**common)
+        case "adacos":
+            return AdaCos(**common)
+        case "cosface":
+            return CosFace(**common, **margins, sub_centres=head.sub_centres)
+        case _:
+            return ArcFace(**common, **margins, sub_centres=head.sub_centres)
 
 
 def new_encoder(config: Config) -> nn.Module:

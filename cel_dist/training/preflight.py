@@ -8,23 +8,40 @@ from cel_dist.config import Config
 from cel_dist.data.augment import Augment
 from cel_dist.data.bank import Bank
 from cel_dist.data.folder import DEFAULT_CACHE, Access, ShardFolder
-from cel_dist.data.plan import Plan
+from cel_dist.data.plan import BatchPlan, Plan
+from cel_dist.data.index import Index
+from cel_dist.data.speaker_plan import SpeakerPlan
 from cel_dist.distributed import World
 from cel_dist.errors import CelError
 from cel_dist.evaluation.embed import file_sizes
 from cel_dist.evaluation.trials import Trials
 from cel_dist.training.objective import initial_encoder
-from cel_dist.training.start import Start, find_start
+from cel_dist.training.classes import read_classes
+from cel_dist.training.start import Start, find_start, signature
 
 
 @dataclass(frozen=True)
 class Checked:
-    """Data of a run, opened, and where the run begins."""
+    """Data of a run, opened, and where the run begins.
+
+    Attributes:
+        shards: the utterances.
+        plan: which of them form batches.
+        bank: noises and rooms.
+        start: where the run begins.
+        speakers: names of the classes of a run with labels, in their order; of others none.
+    """
 
     shards: ShardFolder
-    plan: Plan
+    plan: BatchPlan
     bank: Bank | None
     start: Start
+    speakers: tuple[str, ...] = ()
+
+    @property
+    def num_speakers(self) -> int:
+        """Speakers that a run with labels tells apart, without those that only speak at another speed."""
+        return len(self.speakers)
 
 
 def preflight(config: Config, num_ranks: int | None, resume: str) -> Checked:
@@ -40,7 +57,7 @@ def preflight(config: Config, num_ranks: int | None, resume: str) -> Checked:
         CelError: something is missing, damaged, or does not fit the rest.
     """
     if num_ranks is not None:
-        World(size=num_ranks).rows(config.train.batch_size)
+        World(size=num_ranks).rows(config.rows)
     _require_usable_folder(config.run.dir)
     data = config.data
     shards = ShardFolder.open(
@@ -52,24 +69,51 @@ def preflight(config: Config, num_ranks: int | None, resume: str) -> Checked:
             patience=data.patience_seconds,
         ),
     )
-    plan = Plan(
-        shards.index,
-        segment_samples=config.segment_samples,
-        batch_size=config.train.batch_size,
-        short=data.short,
-        seed=config.train.seed,
-        window=data.window_shards,
-        remainder=data.remainder,
-    )
+    plan, speakers = _plan(config, shards.index)
     shards.files.require_room(plan.max_shards_at_once)
     bank = Bank.open(config.data.bank) if config.data.bank else None
     Augment(config.augment, bank, config.train.seed)
-    start = find_start(config, steps_per_epoch=plan.steps_per_epoch, num_ranks=num_ranks, resume=resume)
+    start = find_start(
+        config,
+        signature=signature(steps_per_epoch=plan.steps_per_epoch, speakers=speakers),
+        num_ranks=num_ranks,
+        resume=resume,
+    )
     if start.checkpoint is None:
         initial_encoder(config)
+        if config.head.init:
+            read_classes(config.head.init)
     if start.result is None and config.eval.trials is not None and config.eval.root is not None:
         file_sizes(config.eval.root, Trials.read(config.eval.trials).files)
-    return Checked(shards, plan, bank, start)
+    return Checked(shards, plan, bank, start, speakers)
+
+
+def _plan(config: Config, index: Index) -> tuple[BatchPlan, tuple[str, ...]]:
+    """The plan of a run, and the names of the speakers that one with labels tells apart."""
+    data, labels = config.data, config.labels
+    if not labels.use:
+        plan = Plan(
+            index,
+            segment_samples=config.segment_samples,
+            batch_size=config.train.batch_size,
+            short=data.short,
+            seed=config.train.seed,
+            window=data.window_shards,
+            remainder=data.remainder,
+        )
+        return plan, ()
+    of_speakers = SpeakerPlan(
+        index,
+        segment_samples=config.segment_samples,
+        speakers_per_batch=config.rows,
+        utterances_per_speaker=labels.utterances,
+        max_segments=labels.max_segments,
+        too_few=labels.too_few,
+        short=data.short,
+        seed=config.train.seed,
+        remainder=data.remainder,
+    )
+    return of_speakers, tuple(of_speakers.class_names)
 
 
 def _require_usable_folder(folder: Path) -> None:

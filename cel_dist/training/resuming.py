@@ -4,6 +4,7 @@ import secrets
 import shutil
 import socket
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -19,14 +20,14 @@ from cel_dist.training.checkpoint import RANDOM, SavedRun
 from cel_dist.training.start import Start, find_start
 
 
-def agreed_start(config: Config, world: World, *, steps_per_epoch: int, resume: str) -> Start:
+def agreed_start(config: Config, world: World, *, signature: dict[str, Any], resume: str) -> Start:
     """Where the run begins, as rank 0 finds it, which holds the run folder: what the ranks found before may have
     changed. The bytes of the checkpoint are compared with their checksums. Raises as `find_start`, on all ranks."""
     found: list[Start | None] = [None]
     with raised_together(world):
         if world.is_main:
             found[0] = find_start(
-                config, steps_per_epoch=steps_per_epoch, num_ranks=world.size, resume=resume, contents=True
+                config, signature=signature, num_ranks=world.size, resume=resume, contents=True
             )
     if world.size > 1:
         dist.broadcast_object_list(found, src=0)
@@ -77,7 +78,7 @@ def go_on(
         with raised_together(world):
             if world.is_main:
                 write_universal(checkpoint, folder, stage=former_stage)
-        engine.load_universal(folder)
+        engine.load_universal(folder, checkpoint)
         with raised_together(world):
             # All have read it when all are here.
             pass

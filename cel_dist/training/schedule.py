@@ -1,8 +1,8 @@
-"""The learning rate as a pure function of the step, so that a resumed run cannot be off by one."""
+"""Learning rate and margin as pure functions of the step, so that a resumed run cannot be off by one."""
 
 import math
 
-from cel_dist.config import Config, OptimSection
+from cel_dist.config import Config, HeadSection, OptimSection
 
 
 def num_steps(config: Config, steps_per_epoch: int) -> int:
@@ -31,3 +31,22 @@ def learning_rate(config: OptimSection, *, step: int, steps_per_epoch: int, tota
     progress = (step - config.warmup_steps) / max(1, total_steps - 1 - config.warmup_steps)
     cosine = 0.5 * (1 + math.cos(math.pi * min(1.0, max(0.0, progress))))
     return (config.min_lr + (config.lr - config.min_lr) * cosine) * warmup
+
+
+def margin(config: HeadSection, *, step: int, steps_per_epoch: int) -> float:
+    """Margin of a step: 0, then growing linearly, then `config.margin`.
+
+    Args:
+        config: margin, and the epochs between which it grows.
+        step: optimizer steps taken before this one, from 0.
+        steps_per_epoch: steps of an epoch.
+
+    >>> config = HeadSection(margin=0.2, margin_from_epoch=1, margin_until_epoch=3)
+    >>> [margin(config, step=step, steps_per_epoch=2) for step in (0, 2, 4, 6)]
+    [0.0, 0.0, 0.1, 0.2]
+    """
+    first, last = config.margin_from_epoch, config.margin_until_epoch
+    epoch = step / steps_per_epoch
+    if epoch >= last:
+        return config.margin
+    return config.margin * max(0.0, (epoch - first) / (last - first))

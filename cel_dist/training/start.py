@@ -4,8 +4,9 @@ A run folder holds one experiment. Going on in it with other settings would give
 settings that leave the model alone may change on the way.
 """
 
+import hashlib
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -43,7 +44,16 @@ _FREE = (
     "train.threads",
 )
 # Without these a checkpoint cannot be read, or its position means nothing, in whatever run.
-_FIXED = ("encoder.name", "encoder.embedding_dim", "loss.similarity", "train.batch_size")
+_FIXED = (
+    "encoder.name",
+    "encoder.embedding_dim",
+    "head.sub_centres",
+    "head.weights",
+    "labels.speeds_are_speakers",
+    "labels.use",
+    "loss.similarity",
+    "train.batch_size",
+)
 
 
 @dataclass(frozen=True)
@@ -69,19 +79,24 @@ class Start:
     remarks: tuple[str, ...] = ()
 
 
-def signature(*, steps_per_epoch: int) -> dict[str, Any]:
-    """What a checkpoint depends on besides the configuration."""
-    return {"steps per epoch": steps_per_epoch}
+def signature(*, steps_per_epoch: int, speakers: Sequence[str] = ()) -> dict[str, Any]:
+    """What a checkpoint depends on besides the configuration: the position of a run on the steps of an epoch, and class
+    weights on whom they belong to."""
+    of_data: dict[str, Any] = {"steps per epoch": steps_per_epoch}
+    if speakers:
+        digest = hashlib.sha256("\n".join(speakers).encode()).hexdigest()[:16]
+        of_data["speakers"] = f"{len(speakers)} ({digest})"
+    return of_data
 
 
 def find_start(
-    config: Config, *, steps_per_epoch: int, num_ranks: int | None, resume: str, contents: bool = False
+    config: Config, *, signature: dict[str, Any], num_ranks: int | None, resume: str, contents: bool = False
 ) -> Start:
     """Decide where the run begins; changes nothing.
 
     Args:
         config: the run.
-        steps_per_epoch: of its data.
+        signature: of its data.
         num_ranks: processes of the run; None if that is not known yet.
         resume: as in `cel_dist.training.trainer.train`.
         contents: compare all bytes of a checkpoint with their checksums, and not the sizes of its files alone.
@@ -116,11 +131,11 @@ def find_start(
             f"{config.run.dir} already holds a run (up to {complete[-1].name}), which cannot go on from {checkpoint}; "
             "choose another run.dir, or continue it with --resume auto"
         )
-    wanted = signature(steps_per_epoch=steps_per_epoch)
+    steps_per_epoch = signature["steps per epoch"]
     changed = _changed_settings(saved.config, config)
-    changed |= {key: (saved.signature.get(key), value) for key, value in wanted.items()}
+    changed |= {key: (saved.signature.get(key), value) for key, value in signature.items()}
     changed = {key: (former, now) for key, (former, now) in changed.items() if former != now}
-    remarks += _require_same_experiment(checkpoint, changed, list(wanted), is_own=is_own)
+    remarks += _require_same_experiment(checkpoint, changed, list(signature), is_own=is_own)
     remarks += _other_world(saved, config, num_ranks)
     total, former_total = num_steps(config, steps_per_epoch), num_steps(saved.config, steps_per_epoch)
     if config.optim.schedule == "cosine" and total != former_total:

@@ -24,6 +24,7 @@ from cel_dist.training.agreement import Agreement, agree, describe_batch
 from cel_dist.training.batches import Batches, TrainBatch
 from cel_dist.training.checkpoint import SavedRun
 from cel_dist.training.checkpoint_store import CheckpointStore
+from cel_dist.training.classes import Classes, class_names, take_over
 from cel_dist.training.conclusion import catch_up, conclude
 from cel_dist.training.memory import advice_on_memory
 from cel_dist.training.objective import initial_encoder, new_encoder, new_objective
@@ -32,7 +33,7 @@ from cel_dist.training.profile import StepProfile, named
 from cel_dist.training.records import SKIPPED, Interval, Records, writing
 from cel_dist.training.result import TrainResult
 from cel_dist.training.resuming import agreed_start, go_on, require_shared
-from cel_dist.training.schedule import learning_rate, num_steps
+from cel_dist.training.schedule import learning_rate, margin, num_steps
 from cel_dist.training.start import Start, signature
 from cel_dist.training.stopping import StopRequest, stop_requests
 from cel_dist.training.validation import VERSIONS, Validation
@@ -110,10 +111,18 @@ class Trainer:
         self.config_text = dump_config(config)
         self.plan = checked.plan
         self.batches = Batches(config, checked, world, device)
-        start = agreed_start(config, world, steps_per_epoch=self.plan.steps_per_epoch, resume=resume)
+        self.speakers = checked.speakers
+        self.signature = signature(steps_per_epoch=self.plan.steps_per_epoch, speakers=checked.speakers)
+        start = agreed_start(config, world, signature=self.signature, resume=resume)
         with raised_together(world):
             encoder = initial_encoder(config) if start.checkpoint is None else new_encoder(config)
-        objective = new_objective(config, encoder, torch.distributed.group.WORLD, device.type == "cuda")
+        names = class_names(config, checked.speakers)
+        objective = new_objective(
+            config, encoder, torch.distributed.group.WORLD, device.type == "cuda", len(names)
+        )
+        if start.checkpoint is None and config.head.init:
+            with raised_together(world):
+                take_over(objective.loss.head, config.head.init, names)
         self.engine = Engine(objective, config, world, device)
         self.validation = Validation(config, world, device, self.plan.steps_per_epoch)
 
@@ -195,6 +204,8 @@ class Trainer:
             batch = next(self.batches)
             # Before the ranks wait for each other, so that one that still waits for data is seen to be behind.
             self.watchdog.at(self.state.step + 1, "computing")
+        if self.config.has_margin:
+            self.engine.set_margin(self._margin(self.state.step))
         with named("forward and backward"):
             output = self.engine.forward_backward(batch.features, batch.ids)
         with named("check"):
@@ -307,13 +318,15 @@ class Trainer:
             state=self.state,
             stream=self.batches.state_dict(),
             interval=self.interval.state_dict(),
-            signature=signature(steps_per_epoch=self.plan.steps_per_epoch),
+            signature=self.signature,
             num_ranks=self.world.size,
             begun_from=self.begun_from,
             versions=VERSIONS,
             config=self.config,
         )
-        self.checkpoints.save(self.engine, self.validation.model(self.engine, self.state.step), saved)
+        weights = self.engine.class_weights()
+        classes = None if weights is None else Classes(class_names(self.config, self.speakers), weights)
+        self.checkpoints.save(self.engine, self.validation.model(self.engine, self.state.step), saved, classes)
 
     def _learning_rate(self, step: int) -> float:
         return learning_rate(
@@ -322,6 +335,9 @@ class Trainer:
             steps_per_epoch=self.plan.steps_per_epoch,
             total_steps=self.total_steps,
         )
+
+    def _margin(self, step: int) -> float:
+        return margin(self.config.head, step=step, steps_per_epoch=self.plan.steps_per_epoch)
 
     def _epoch(self) -> int:
         return self.state.step // self.plan.steps_per_epoch
@@ -335,8 +351,9 @@ class Trainer:
         with raised_together(self.world):
             if self.records:
                 values = {**scalars, "lr": rate, "skipped": self.state.skipped}
-                if self.batches.false_negatives.expected is not None:
-                    values["false_negatives_expected"] = self.batches.false_negatives.expected
+                expected = self.batches.false_negatives and self.batches.false_negatives.expected
+                if expected is not None:
+                    values["false_negatives_expected"] = expected
                 self.records.write_interval(step=self.state.step, epoch=self._epoch(), interval=interval, values=values)
 
     def _open_records(self) -> None:

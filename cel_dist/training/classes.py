@@ -1,0 +1,118 @@
+"""Class weights with the names of the speakers that they belong to, so that another run can take them over.
+
+They lie in a checkpoint and not in a model folder: who embeds voices needs neither them nor the names.
+"""
+
+import json
+import struct
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save as to_safetensors
+from torch import Tensor
+
+from cel_dist.config import Config
+from cel_dist.description import DESCRIPTION_FILE, read_description
+from cel_dist.errors import CelError
+from cel_dist.losses.supervised import ClassificationHead
+from cel_dist.training.checkpoint import MODEL, complete_checkpoints, folder_name
+
+CLASSES_FILE = "classes.safetensors"
+
+_NAMES = "speakers"
+
+
+@dataclass(frozen=True)
+class Classes:
+    """C classes.
+
+    Attributes:
+        names: of the speakers, a speaker at another speed with the factor behind it.
+        weights: by name, [C, centres, D] or [C], on the CPU.
+    """
+
+    names: Sequence[str]
+    weights: dict[str, Tensor]
+
+    def write(self, folder: Path) -> Path:
+        """Write `classes.safetensors` into `folder`, and return its path. Raises OSError."""
+        path = folder / CLASSES_FILE
+        tensors = {name: tensor.contiguous() for name, tensor in self.weights.items()}
+        path.write_bytes(to_safetensors(tensors, metadata={_NAMES: json.dumps(list(self.names))}))
+        return path
+
+
+def class_names(config: Config, speakers: Sequence[str]) -> list[str]:
+    """Names of the classes, in their order; none for a run without a loss that classifies."""
+    if not config.classifies:
+        return []
+    if not config.labels.speeds_are_speakers:
+        return list(speakers)
+    return [f"{name} x{speed:g}" if speed != 1 else name for speed in config.augment.speeds for name in speakers]
+
+
+def read_classes(source: str) -> Classes:
+    """The class weights of a checkpoint, or of a run: those of its best model, if their checkpoint is there, else of its
+    newest checkpoint.
+
+    Raises:
+        CelError: `source` has none, or they are damaged.
+    """
+    path = _checkpoint_of(Path(source)) / CLASSES_FILE
+    try:
+        with safe_open(path, framework="pt") as file:
+            names = json.loads((file.metadata() or {})[_NAMES])
+            weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
+    except (FileNotFoundError, NotADirectoryError):
+        raise CelError(
+            f"head.init={source} has no class weights ({path} is missing); name a checkpoint, or the run folder, of a "
+            "run that classified speakers"
+        ) from None
+    except (OSError, SafetensorError, KeyError, ValueError, struct.error) as error:
+        raise CelError(f"head.init={source}: {path} is damaged ({error}); name another checkpoint") from None
+    return Classes(names, weights)
+
+
+def take_over(head: ClassificationHead, source: str, names: Sequence[str]) -> int:
+    """Give the speakers among `names` that `source` knows the class weights that they have there.
+
+    Returns:
+        How many those are.
+
+    Raises:
+        CelError: as `read_classes`, the weights are of another loss or size, or no speaker is known.
+    """
+    former = read_classes(source)
+    places = {name: place for place, name in enumerate(former.names)}
+    known = [(place, places[name]) for place, name in enumerate(names) if name in places]
+    if not known:
+        raise CelError(
+            f"head.init={source} has {len(former.names)} speakers, and none of them is in data.shards; leave head.init "
+            "out, or name a run on the same speakers"
+        )
+    rows, sources = (torch.tensor(column) for column in zip(*known, strict=True))
+    try:
+        head.load_class_weights({name: tensor[sources] for name, tensor in former.weights.items()}, rows)
+    except CelError as error:
+        raise CelError(
+            f"head.init={source} is of another head ({error}); take its loss.similarity, head.sub_centres and "
+            "encoder.embedding_dim, or leave head.init out"
+        ) from None
+    return len(known)
+
+
+def _checkpoint_of(source: Path) -> Path:
+    if (source / CLASSES_FILE).exists():
+        return source
+    complete = complete_checkpoints(source / "checkpoints")
+    if not complete:
+        return source
+    try:
+        best = read_description(source / MODEL / DESCRIPTION_FILE).training.step
+    except CelError:
+        best = None
+    by_name = {path.name: path for path in complete}
+    return by_name.get(folder_name(best), complete[-1]) if best is not None else complete[-1]

@@ -1,0 +1,181 @@
+"""Whole runs with labels: from an encoder or from nothing, interrupted, in other worlds, and what they leave."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from training_runs import losses, records, train_job, write_config
+from worlds import run_world
+
+from cel_dist import load_model
+from cel_dist.config import LabelsSection
+from cel_dist.config_file import load_config, parse_config
+from cel_dist.data.prepare import prepare
+from cel_dist.errors import CelError
+from cel_dist.training.classes import read_classes
+
+PROJECT = Path(__file__).resolve().parent.parent
+LABELLED = {
+    "data": {"segment_frames": 40, "short": "repeat"},
+    "augment": {"profile": 0},
+    "encoder": {"embedding_dim": 16, "views": "joint"},
+    "labels": {"use": True, "utterances": 1},
+    "loss": {"similarity": "arcface", "lambda_u": 0.5},
+    "head": {"margin": 0.3, "scale": 20, "margin_from_epoch": 0.5, "margin_until_epoch": 1.5},
+    "optim": {"lr": 1e-3, "head_lr": 3e-3},
+    "train": {"batch_size": 8, "epochs": 2},
+}
+
+
+@pytest.fixture(scope="module")
+def labelled(small_corpus, tmp_path_factory):
+    """The small corpus with speakers in its shards."""
+    folder = tmp_path_factory.mktemp("labelled")
+    paths = sorted(path.relative_to(small_corpus.audio).as_posix() for path in small_corpus.audio.rglob("*.flac"))
+    paths = paths or sorted(path.relative_to(small_corpus.audio).as_posix() for path in small_corpus.audio.rglob("*.wav"))
+    (folder / "labels.txt").write_text("".join(f"{path} {path.split('/')[0]}\n" for path in paths))
+    prepare(small_corpus.audio, folder / "shards", labels=folder / "labels.txt", samples_per_shard=15, workers=1)
+    return type(small_corpus)(small_corpus.audio, folder / "shards", small_corpus.bank, small_corpus.trials)
+
+
+def config_of(labelled, folder, name="run", **sections):
+    merged = {key: {**value, **sections.pop(key, {})} for key, value in LABELLED.items()}
+    return write_config(labelled, folder, name, **merged, **sections)
+
+
+def several_runs(jobs):
+    return [train_job(*job) for job in jobs]
+
+
+@pytest.fixture(scope="module")
+def runs(labelled, tmp_path_factory):
+    """Two ranks: a run, and the same one cut after three steps; sharded; with AdaCos, cut; and from a former run."""
+    folder = tmp_path_factory.mktemp("runs")
+    whole = config_of(labelled, folder, "whole")
+    cut = config_of(labelled, folder, "cut")
+    adacos = {"loss": {"similarity": "adacos"}, "head": {"margin": 0.2, "scale": 30.0}}
+    adacos["head"] |= {"margin_from_epoch": 0.0, "margin_until_epoch": 0.0, "weights": "sharded"}
+    adacos_whole = config_of(labelled, folder, "adacos", **adacos)
+    adacos_cut = config_of(labelled, folder, "adacos_cut", **adacos, engine={"zero_stage": 2})
+    sharded = config_of(labelled, folder, "sharded", head={"weights": "sharded"}, engine={"zero_stage": 3})
+    start = str(folder / "whole")
+    large = {"data": {"segment_frames": 60}, "head": {"margin": 0.5, "margin_until_epoch": 0.0, "margin_from_epoch": 0.0}}
+    large["head"]["init"] = start
+    margin = config_of(labelled, folder, "large_margin", **large, encoder={"init": start}, train={"max_steps": 1})
+    pairs = {"labels": {"utterances": 2}, "loss": {"similarity": "angular_prototypical"}, "head": dict.fromkeys(())}
+    prototypical = folder / "prototypical.yaml"
+    tree = {key: {**value, **pairs.get(key, {})} for key, value in LABELLED.items() if key != "head"}
+    prototypical = write_config(labelled, folder, "prototypical", **tree)
+    jobs = [
+        (whole, (), "auto"),
+        (cut, ("train.max_steps=3",), "auto"),
+        (cut, (), "auto"),
+        (sharded, (), "auto"),
+        (adacos_whole, (), "auto"),
+        (adacos_cut, ("train.max_steps=4",), "auto"),
+        (adacos_cut, (), "auto"),
+        (margin, (), "auto"),
+        (prototypical, (), "auto"),
+    ]
+    outcomes = run_world(2, several_runs, jobs, folder=folder / "world")
+    for outcome in outcomes[0]:
+        assert isinstance(outcome, dict), outcome
+    return folder
+
+
+def test_a_run_with_labels_goes_on_as_if_it_had_never_stopped(runs):
+    whole = losses(runs / "whole")
+    assert len(whole) == 10
+    assert losses(runs / "cut") == whole
+    assert [row["margin"] for row in records(runs / "whole")] == pytest.approx(
+        [0, 0, 0, 0.03, 0.09, 0.15, 0.21, 0.27, 0.3, 0.3]
+    )
+
+
+def test_sharded_class_weights_under_zero_3_learn_the_same(runs):
+    for step, values in losses(runs / "whole").items():
+        assert losses(runs / "sharded")[step] == pytest.approx(values, rel=2e-3, abs=1e-4)
+    one, other = (read_classes(str(runs / name)) for name in ("whole", "sharded"))
+    assert one.names == other.names
+    assert one.weights["weight"].shape == (10, 1, 16)
+    assert torch.allclose(one.weights["weight"], other.weights["weight"], atol=2e-3)
+
+
+def test_the_scale_of_adacos_is_kept_in_checkpoints(runs):
+    whole, cut = (records(runs / name) for name in ("adacos", "adacos_cut"))
+    assert len({row["scale"] for row in whole}) > 1
+    assert [row["scale"] for row in cut] == pytest.approx([row["scale"] for row in whole], rel=1e-4)
+
+
+def test_a_head_is_taken_over_by_the_names_of_its_speakers(runs):
+    former, now = (read_classes(str(runs / name)) for name in ("whole", "large_margin"))
+    assert former.names == now.names
+    # One step of Adam at the rate of the head.
+    moved = (former.weights["weight"] - now.weights["weight"]).abs().max().item()
+    assert 0 < moved < 4e-3
+
+
+def test_models_hold_no_names_of_speakers(runs):
+    newest = sorted((runs / "whole" / "checkpoints").glob("step-*"))[-1]
+    with safe_open(newest / "classes.safetensors", framework="pt") as file:
+        assert "speakers" in file.metadata()
+    for folder in (newest / "model", runs / "whole" / "model"):
+        assert sorted(path.name for path in folder.iterdir()) == ["encoder.safetensors", "model.json"]
+        assert load_model(folder).description.encoder.embedding_dim == 16
+
+
+def test_the_contrastive_losses_take_speakers_for_rows(runs):
+    rows = records(runs / "prototypical")
+    assert len(rows) == 10
+    assert all(0 <= row["accuracy"] <= 1 for row in rows)
+    assert "false_negatives" not in rows[0]
+
+
+@pytest.mark.parametrize(
+    ("sections", "complaint"),
+    [
+        ({"loss": {"similarity": "arcface"}}, "labels.use=true"),
+        ({"labels": {"utterances": 3}}, "labels.use is false"),
+        ({"labels": {"use": True, "utterances": 3}}, "does not divide by labels.utterances=3"),
+        (
+            {"labels": {"use": True, "utterances": 4}, "loss": {"similarity": "angular_contrastive"}},
+            "set labels.utterances=2",
+        ),
+        ({"labels": {"use": True, "utterances": 1}}, "2 or more"),
+        ({"head": {"margin": 0.3}}, "head.margin=0.3 means nothing"),
+        (
+            {"labels": {"use": True}, "loss": {"similarity": "softmax"}, "head": {"scale": 20}},
+            "head.scale=20.0 means nothing to loss.similarity=softmax",
+        ),
+        (
+            {"labels": {"use": True}, "loss": {"similarity": "arcface"}, "head": {"margin": 1.6}},
+            "arcface takes less than 1.57",
+        ),
+        (
+            {"labels": {"use": True}, "loss": {"similarity": "cosface"}, "head": {"margin_from_epoch": 2}},
+            "is after head.margin_until_epoch",
+        ),
+    ],
+)
+def test_settings_that_cannot_work_together_are_named(sections, complaint):
+    with pytest.raises(CelError, match=complaint):
+        parse_config({"data": {"shards": "s"}, "augment": {"profile": 0}, **sections}, "test")
+
+
+def test_a_run_without_labels_in_its_shards_says_what_to_do(small_corpus, tmp_path):
+    outcome = train_job(config_of(small_corpus, tmp_path))
+    assert "cel prepare" in outcome
+    assert "--labels" in outcome
+
+
+def test_a_head_of_no_run_is_named_before_training(labelled, tmp_path):
+    outcome = train_job(config_of(labelled, tmp_path, head={"init": str(tmp_path)}))
+    assert outcome.startswith("CelError: head.init=")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("path", sorted(PROJECT.glob("configs/finetune_*.yaml")), ids=lambda path: path.stem)
+def test_the_recipes_are_valid(path):
+    config = load_config(path)
+    assert config.labels != LabelsSection()
