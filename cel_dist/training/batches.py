@@ -98,7 +98,8 @@ class Batches:
         self._report(batch)
         rate = None
         if self._world.is_main:
-            rate = self.false_negatives.rate(self._plan.batch(batch.epoch, batch.step).ids)
+            # The first view's utterance is the row's in self-supervised training, the only one with false negatives.
+            rate = self.false_negatives.rate(self._plan.batch(batch.epoch, batch.step).utterances[:, 0])
         segments = batch.segments.to(self._device, non_blocking=True)
         with named("augment"):
             waves = self._augment(

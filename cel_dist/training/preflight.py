@@ -61,7 +61,7 @@ def preflight(config: Config, num_ranks: int | None, resume: str) -> Checked:
         window=data.window_shards,
         remainder=data.remainder,
     )
-    shards.files.require_room(plan.max_shards_at_once)
+    shards.files.require_room(plan.max_shards_at_once, plan.cache_remedy)
     bank = Bank.open(config.data.bank) if config.data.bank else None
     Augment(config.augment, bank, config.train.seed)
     start = find_start(config, steps_per_epoch=plan.steps_per_epoch, num_ranks=num_ranks, resume=resume)
