@@ -72,6 +72,9 @@ class BatchPlan(Protocol):
     def batch(self, epoch: int, step: int) -> PlannedBatch:
         """The global batch at a step of an epoch. Raises IndexError where the epoch has no such step."""
 
+    def describe(self) -> str:
+        """What is drawn and what is left out, for the log."""
+
     def windows(self, epoch: int, step: int) -> Iterator[list[int]]:
         """The shards that are read together at a step, those that come after them, and so on without end."""
 
@@ -163,6 +166,13 @@ class Plan:
     def __len__(self) -> int:
         """Number of usable utterances."""
         return self._num_usable
+
+    def describe(self) -> str:
+        """What is drawn and what is left out, for the log."""
+        return (
+            f"{len(self)} utterances ({self.num_short} shorter than two segments, {self.num_dropped} of them left out: "
+            f"data.short={self.short})"
+        )
 
     def batch(self, epoch: int, step: int) -> PlannedBatch:
         """The global batch at a step of an epoch.

@@ -8,7 +8,7 @@ from cel_dist.config import Config
 from cel_dist.data.augment import Augment
 from cel_dist.data.bank import Bank
 from cel_dist.data.folder import DEFAULT_CACHE, Access, ShardFolder
-from cel_dist.data.plan import Plan
+from cel_dist.data.plan import BatchPlan, Plan
 from cel_dist.distributed import World
 from cel_dist.errors import CelError
 from cel_dist.evaluation.embed import file_sizes
@@ -22,7 +22,7 @@ class Checked:
     """Data of a run, opened, and where the run begins."""
 
     shards: ShardFolder
-    plan: Plan
+    plan: BatchPlan
     bank: Bank | None
     start: Start
 
