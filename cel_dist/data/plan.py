@@ -7,7 +7,7 @@ Both permutations are computed, not stored, so that the memory of a plan grows w
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -29,15 +29,58 @@ class PlannedBatch:
     Attributes:
         epoch: epoch the batch belongs to, from 0.
         step: number of the batch in its epoch, from 0.
-        ids: [K] int64, places of the utterances in the index of the shards.
-        starts: [K, 2] int64, first sample of each view's segment. In an utterance that is repeated to make room for two
-            segments, a start may lie beyond the end of the audio and counts on into the repetition.
+        ids: [K] int64, what a row is to the loss: the utterance in self-supervised training, the class of its speaker
+            in training with labels. Rows of one id are no negatives of each other.
+        utterances: [K, V] int64, place in the index of the shards of the utterance that each view is cut from.
+        starts: [K, V] int64, first sample of each view's segment. In an utterance that is repeated to make room for
+            its segments, a start may lie beyond the end of the audio and counts on into the repetition.
     """
 
     epoch: int
     step: int
     ids: Integers
+    utterances: Integers
     starts: Integers
+
+
+class BatchPlan(Protocol):
+    """What readers and training ask of an order of all epochs; a pure function of (seed, epoch, step)."""
+
+    segment_samples: int
+    """Length T of a segment in audio samples."""
+    batch_size: int
+    """Rows K of a global batch."""
+    num_views: int
+    """Segments V of a row."""
+    utterances_per_row: int
+    """Utterances that are drawn for a row: 1, or V where each view has its own."""
+    steps_per_epoch: int
+    """Global batches of an epoch."""
+    num_short: int
+    """Utterances in which the segments that are cut from them do not fit without overlap or repetition."""
+    num_dropped: int
+    """Utterances that are never drawn."""
+    cache_remedy: str
+    """What to do where a cache cannot hold `max_shards_at_once`, as the end of a sentence."""
+
+    def __len__(self) -> int:
+        """Number of utterances that are drawn."""
+
+    def usable(self) -> Integers:
+        """[n] int64, places in the index of the utterances that are drawn, ascending."""
+
+    def batch(self, epoch: int, step: int) -> PlannedBatch:
+        """The global batch at a step of an epoch. Raises IndexError where the epoch has no such step."""
+
+    def describe(self) -> str:
+        """What is drawn and what is left out, for the log."""
+
+    def windows(self, epoch: int, step: int) -> Iterator[list[int]]:
+        """The shards that are read together at a step, those that come after them, and so on without end."""
+
+    @property
+    def max_shards_at_once(self) -> int:
+        """Most shards that are in use, or being made ready, at the same time."""
 
 
 class _Epoch(NamedTuple):
@@ -70,6 +113,10 @@ class Plan:
     Raises:
         CelError: fewer usable utterances than one batch holds.
     """
+
+    num_views = 2
+    utterances_per_row = 1
+    cache_remedy = "raise it, or lower data.window_shards"
 
     def __init__(
         self,
@@ -120,6 +167,13 @@ class Plan:
         """Number of usable utterances."""
         return self._num_usable
 
+    def describe(self) -> str:
+        """What is drawn and what is left out, for the log."""
+        return (
+            f"{len(self)} utterances ({self.num_short} shorter than two segments, {self.num_dropped} of them left out: "
+            f"data.short={self.short})"
+        )
+
     def batch(self, epoch: int, step: int) -> PlannedBatch:
         """The global batch at a step of an epoch.
 
@@ -130,7 +184,8 @@ class Plan:
             raise IndexError(f"step {step} of an epoch of {self.steps_per_epoch} steps")
         positions = np.arange(step * self.batch_size, (step + 1) * self.batch_size) % self._num_usable
         ids = self._ids(epoch, positions)
-        return PlannedBatch(epoch, step, ids, self._starts(ids, epoch, step))
+        utterances = np.broadcast_to(ids[:, None], (self.batch_size, self.num_views))
+        return PlannedBatch(epoch, step, ids, utterances, self._starts(ids, epoch, step))
 
     def windows(self, epoch: int, step: int) -> Iterator[list[int]]:
         """The shards of the window that a step begins in, of the next one, and so on through all epochs."""

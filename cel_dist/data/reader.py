@@ -4,6 +4,7 @@ import os
 import sys
 import tarfile
 from collections import OrderedDict
+from collections.abc import Container
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -12,9 +13,11 @@ import numpy.typing as npt
 
 from cel_dist.data.audio import WAV_HEADER_BYTES, AudioError, read_segments, wav_header
 from cel_dist.data.folder import ShardFolder
-from cel_dist.data.plan import Plan, PlannedBatch
+from cel_dist.data.plan import BatchPlan, Integers, PlannedBatch
 from cel_dist.data.shard_files import ShardUnavailableError
 from cel_dist.errors import RunError
+
+Samples = npt.NDArray[np.int16]
 
 
 class SampleFault(NamedTuple):
@@ -33,13 +36,16 @@ class ReadBatch:
     """Some rows of a planned batch, read.
 
     Attributes:
-        ids: [B] int64, the utterances that were read.
-        segments: [B, 2, T] int16.
-        faults: utterances of the plan that could not be read, and have others in their places.
+        ids: [B] int64, what the rows that were read are to the loss.
+        utterances: [B, V] int64, the utterances that were read.
+        segments: [B, V, T] int16.
+        faults: utterances of the plan that could not be read, and have others in their places; one that several views
+            of a row are cut from is there once.
     """
 
-    ids: npt.NDArray[np.int64]
-    segments: npt.NDArray[np.int16]
+    ids: Integers
+    utterances: Integers
+    segments: Samples
     faults: tuple[SampleFault, ...]
 
 
@@ -54,68 +60,109 @@ class SegmentReader:
         CelError: the cache has no room for the shards of a batch.
     """
 
-    def __init__(self, shards: ShardFolder, plan: Plan) -> None:
+    def __init__(self, shards: ShardFolder, plan: BatchPlan) -> None:
         self._shards, self._plan = shards, plan
         self._files, self._index = shards.files, shards.index
         self._is_wav = shards.manifest.audio_format == "wav"
         self._open: OrderedDict[int, int] = OrderedDict()
         self._expected: list[int] = []
-        self._files.require_room(plan.max_shards_at_once)
+        self._files.require_room(plan.max_shards_at_once, plan.cache_remedy)
 
     def read(self, planned: PlannedBatch, rows: slice) -> ReadBatch:
-        """Read the two segments of some utterances of a planned batch.
+        """Read the segments of some rows of a planned batch.
 
-        In the place of an utterance that cannot be read comes the next one of the global batch that can, so that the
-        global batch is the same for any number of ranks. Both have one id, by which the loss knows a duplicate.
+        In the place of an utterance that cannot be read comes another one of its row, so that the row keeps its id, cut
+        where the row does not have it yet. In the place of a row of which nothing can be read comes the next one of the
+        global batch that can, with its id, by which the loss knows a duplicate. So the global batch is the same for any
+        number of ranks.
 
         Raises:
             RunError: no utterance of the batch can be read, or nothing can before something is put right here.
         """
         self._expect(planned)
         numbers = np.arange(len(planned.ids))[rows]
-        ids = planned.ids[rows]
-        segments = np.empty((len(ids), 2, self._plan.segment_samples), dtype=np.int16)
-        faults: dict[int, SampleFault] = {}
-        # In the order of the bytes: it spares a disk the seeks, and one shard after the other is open.
-        for place in np.lexsort((self._index.offset[ids], self._index.shard[ids])).tolist():
-            fault = self._read_pair(planned, int(numbers[place]), segments[place])
-            if fault is not None:
-                faults[place] = fault
-        if faults:
-            ids = ids.copy()
-            for place in sorted(faults):
-                ids[place] = self._read_next(planned, int(numbers[place]), segments[place])
-        return ReadBatch(ids, segments, tuple(faults[place] for place in sorted(faults)))
+        ids, utterances = planned.ids[numbers], planned.utterances[numbers]
+        segments = np.empty((*utterances.shape, self._plan.segment_samples), dtype=np.int16)
+        faults = self._read_rows(utterances, planned.starts[numbers], segments)
+        for row in sorted({row for row, _ in faults}):
+            if not self._fill(utterances[row], planned.starts[numbers[row]], segments[row], _of_row(faults, row)):
+                last = next(iter(_of_row(faults, row).values()))
+                ids[row], utterances[row] = self._read_next(planned, int(numbers[row]), segments[row], last)
+        return ReadBatch(ids, utterances, segments, tuple(faults[place] for place in sorted(faults)))
 
     def _expect(self, planned: PlannedBatch) -> None:
         windows = self._plan.windows(planned.epoch, planned.step)
-        expected = [*next(windows), *next(windows)]
+        expected = list(dict.fromkeys([*next(windows), *next(windows)]))
         if expected != self._expected:
             self._files.expect(expected)
             self._expected = expected
 
-    def _read_next(self, planned: PlannedBatch, number: int, segments: npt.NDArray[np.int16]) -> int:
-        """Read the first utterance behind row `number` that can be read, and return its id."""
+    def _read_rows(
+        self, utterances: Integers, starts: Integers, segments: Samples
+    ) -> dict[tuple[int, int], SampleFault]:
+        """Read rows `[n, V]` into `segments` `[n, V, T]`; an utterance that a row has several times, once.
+
+        Returns:
+            what could not be read, by row and utterance.
+        """
+        num_views = utterances.shape[1]
+        first_view = (utterances[:, :, None] == utterances[:, None, :]).argmax(axis=2)
+        rows, views = np.nonzero(first_view == np.arange(num_views))
+        samples = utterances[rows, views]
+        faults: dict[tuple[int, int], SampleFault] = {}
+        # In the order of the bytes: it spares a disk the seeks, and one shard after the other is open.
+        for place in np.lexsort((self._index.offset[samples], self._index.shard[samples])).tolist():
+            row, sample = int(rows[place]), int(samples[place])
+            same = np.flatnonzero(first_view[row] == views[place]).tolist()
+            fault = self._read_utterance(sample, starts[row, same].tolist(), [segments[row, view] for view in same])
+            if fault is not None:
+                faults[row, sample] = fault
+        return faults
+
+    def _fill(self, utterances: Integers, starts: Integers, segments: Samples, faults: Container[int]) -> bool:
+        """Put others of a row's utterances `[V]` into the places of those that could not be read; False if none can."""
+        unread = [view for view, sample in enumerate(utterances.tolist()) if sample in faults]
+        donors = [view for view in range(len(utterances)) if view not in unread]
+        for number, view in enumerate(unread, start=1):
+            behind = sorted(donors, key=lambda donor: (donor - view) % len(utterances))
+            for donor in behind:
+                sample = int(utterances[donor])
+                length, wanted = int(self._index.samples[sample]), self._plan.segment_samples
+                places = length - wanted + 1 if length >= wanted else length
+                # As far from the donor's own segment as from those of the other views that it may stand in for.
+                start = (int(starts[donor]) + number * places // (len(unread) + 1)) % places
+                if self._read_utterance(sample, [start], [segments[view]]) is None:
+                    utterances[view] = sample
+                    break
+            else:
+                return False
+        return True
+
+    def _read_next(
+        self, planned: PlannedBatch, number: int, segments: Samples, last: SampleFault
+    ) -> tuple[int, Integers]:
+        """Read the first row behind row `number` that can be read; its id, and its utterances `[V]` as read."""
         for further in range(1, len(planned.ids)):
             other = (number + further) % len(planned.ids)
-            fault = self._read_pair(planned, other, segments)
-            if fault is None:
-                return int(planned.ids[other])
+            utterances, starts = planned.utterances[[other]], planned.starts[[other]]
+            faults = self._read_rows(utterances, starts, segments[None])
+            if not faults or self._fill(utterances[0], starts[0], segments, _of_row(faults, 0)):
+                return int(planned.ids[other]), utterances[0]
+            last = next(iter(faults.values()))
         raise RunError(
-            f"no utterance of epoch {planned.epoch}, step {planned.step} can be read; the last: {fault}; run "
+            f"no utterance of epoch {planned.epoch}, step {planned.step} can be read; the last: {last}; run "
             f"'cel check {self._shards.location}'"
         )
 
-    def _read_pair(self, planned: PlannedBatch, number: int, segments: npt.NDArray[np.int16]) -> SampleFault | None:
-        """Read both segments `[2, T]` of a row of the batch."""
-        sample = int(planned.ids[number])
+    def _read_utterance(self, sample: int, starts: list[int], segments: list[Samples]) -> SampleFault | None:
+        """Read segments `[T]` of an utterance."""
         shard = int(self._index.shard[sample])
         name = self._shards.manifest.shards[shard].name
         offset = int(self._index.offset[sample])
         descriptor = None
         try:
             descriptor = self._descriptor(shard)
-            self._cut(descriptor, sample, planned.starts[number].tolist(), segments)
+            self._cut(descriptor, sample, starts, segments)
         except ShardUnavailableError as error:
             return SampleFault(name, None, str(error))
         except (OSError, AudioError) as error:
@@ -123,7 +170,7 @@ class SegmentReader:
             return SampleFault(name, key, f"the audio at byte {offset} cannot be read ({error})")
         return None
 
-    def _cut(self, descriptor: int, sample: int, starts: list[int], segments: npt.NDArray[np.int16]) -> None:
+    def _cut(self, descriptor: int, sample: int, starts: list[int], segments: list[Samples]) -> None:
         offset, size, length = (
             int(column[sample]) for column in (self._index.offset, self._index.size, self._index.samples)
         )
@@ -145,7 +192,8 @@ class SegmentReader:
             parts = read_segments(_pread(descriptor, size, offset), ranges)
         if goes_round:
             parts = [np.take(parts[0], np.arange(start, start + wanted), mode="wrap") for start in starts]
-        segments[:] = parts
+        for segment, part in zip(segments, parts, strict=True):
+            segment[:] = part
 
     def _descriptor(self, shard: int) -> int:
         if shard not in self._open:
@@ -166,7 +214,12 @@ def _pread(descriptor: int, size: int, offset: int) -> bytes:
     return data
 
 
-def _read_into(descriptor: int, segment: npt.NDArray[np.int16], offset: int) -> None:
+def _of_row(faults: dict[tuple[int, int], SampleFault], row: int) -> dict[int, SampleFault]:
+    """The faults of one row, by utterance."""
+    return {sample: fault for (number, sample), fault in faults.items() if number == row}
+
+
+def _read_into(descriptor: int, segment: Samples, offset: int) -> None:
     """Fill `segment` [T] with what lies at `offset`, without a copy between."""
     _require_all(os.preadv(descriptor, [segment.data], offset), segment.nbytes)
     if sys.byteorder == "big":

@@ -35,8 +35,8 @@ class ShardFiles(Protocol):
     def expect(self, shards: Sequence[int]) -> None:
         """Make ready, in this order, shards that are going to be opened; returns at once."""
 
-    def require_room(self, num_shards: int) -> None:
-        """Raise CelError if so many shards cannot be open at the same time."""
+    def require_room(self, num_shards: int, remedy: str) -> None:
+        """Raise CelError, which ends with the remedy, if so many shards cannot be open at the same time."""
 
 
 class LocalShards:
@@ -77,7 +77,7 @@ class LocalShards:
     def expect(self, shards: Sequence[int]) -> None:
         """Nothing: they are here."""
 
-    def require_room(self, num_shards: int) -> None:
+    def require_room(self, num_shards: int, remedy: str) -> None:
         """Nothing: they have it."""
 
 
@@ -125,14 +125,14 @@ class CachedShards:
                 self._thread.start()
             self._wake.notify()
 
-    def require_room(self, num_shards: int) -> None:
+    def require_room(self, num_shards: int, remedy: str) -> None:
         """See `ShardFiles.require_room`."""
         largest = sorted(self._sizes, reverse=True)[:num_shards]
         limit = self._cache.limit_bytes
         if sum(largest) > limit:
             raise CelError(
                 f"data.cache_gib={limit / 2**30:.3g} has no room for the {len(largest)} shards that are in use at the "
-                f"same time ({sum(largest) / 2**30:.3g} GiB); raise it, or lower data.window_shards"
+                f"same time ({sum(largest) / 2**30:.3g} GiB); {remedy}"
             )
 
     def _fetch_expected(self) -> None:

@@ -1,4 +1,4 @@
-"""This rank's segment pairs, read from the shards in the order of the plan."""
+"""This rank's segments, read from the shards in the order of the plan."""
 
 import math
 import multiprocessing
@@ -13,7 +13,7 @@ import torch.utils.data
 from torch import Tensor
 
 from cel_dist.data.folder import ShardFolder
-from cel_dist.data.plan import Plan, PlannedBatch
+from cel_dist.data.plan import BatchPlan, PlannedBatch
 from cel_dist.data.pool import deaf_to_schedulers, end_with_parent
 from cel_dist.data.reader import SampleFault, SegmentReader
 from cel_dist.errors import RunError
@@ -26,14 +26,17 @@ class SegmentBatch:
     Attributes:
         epoch: epoch of the batch.
         step: step of the batch in its epoch.
-        ids: [B] int64, places of the utterances in the index.
-        segments: [B, 2, T] int16.
-        faults: utterances that could not be read. In the place of each is another one of the global batch, with its id.
+        ids: [B] int64, what a row is to the loss: its utterance in self-supervised training, else its class.
+        utterances: [B, V] int64, place in the index of the utterance that each view was cut from.
+        segments: [B, V, T] int16.
+        faults: utterances that could not be read. In the place of each is another one of its row, or else the row has
+            another one of the global batch in its place, with its id and utterances.
     """
 
     epoch: int
     step: int
     ids: Tensor
+    utterances: Tensor
     segments: Tensor
     faults: tuple[SampleFault, ...] = ()
 
@@ -41,7 +44,7 @@ class SegmentBatch:
 class _PlannedBatches:
     """First stage of the pipeline: the plan's batches from a position on, without end, cut to this worker."""
 
-    def __init__(self, plan: Plan, epoch: int, step: int) -> None:
+    def __init__(self, plan: BatchPlan, epoch: int, step: int) -> None:
         self._plan, self._epoch, self._step = plan, epoch, step
 
     def __call__(self) -> Iterator[PlannedBatch]:
@@ -66,9 +69,8 @@ class _ReadOrReport:
             except RunError as error:
                 yield error
                 return
-            yield SegmentBatch(
-                planned.epoch, planned.step, torch.from_numpy(read.ids), torch.from_numpy(read.segments), read.faults
-            )
+            ids, utterances, segments = map(torch.from_numpy, (read.ids, read.utterances, read.segments))
+            yield SegmentBatch(planned.epoch, planned.step, ids, utterances, segments, read.faults)
 
 
 def _begin_reader(number: int) -> None:
@@ -91,7 +93,7 @@ class SegmentStream:
     def __init__(
         self,
         shards: ShardFolder,
-        plan: Plan,
+        plan: BatchPlan,
         rows: slice,
         num_workers: int = 0,
         *,
@@ -102,11 +104,11 @@ class SegmentStream:
         self._shards = shards
         self._reader = SegmentReader(shards, plan)
         num_rows = len(range(*rows.indices(plan.batch_size)))
-        # Two segments of int16.
-        batch_bytes = 4 * plan.segment_samples * num_rows
+        # Segments of int16.
+        batch_bytes = 2 * plan.num_views * plan.segment_samples * num_rows
         self._prefetch_batches = max(1, prefetch_bytes // (batch_bytes * max(num_workers, 1)))
-        self._rows_per_epoch = num_rows * plan.steps_per_epoch
-        self._allowed_faults = math.ceil(max_fault_rate * self._rows_per_epoch)
+        self._drawn_per_epoch = num_rows * plan.utterances_per_row * plan.steps_per_epoch
+        self._allowed_faults = math.ceil(max_fault_rate * self._drawn_per_epoch)
         self._epoch = self._step = 0
         self._faults_of_epoch = 0
         self._has_begun = False
@@ -184,8 +186,8 @@ class SegmentStream:
             self.close()
             raise RunError(
                 f"{self._faults_of_epoch} utterances of epoch {batch.epoch} could not be read, data.max_fault_rate "
-                f"allows {self._allowed_faults} of the {self._rows_per_epoch} of a rank; the last: {batch.faults[-1]}; "
-                f"run 'cel check {self._shards.location}'"
+                f"allows {self._allowed_faults} of the {self._drawn_per_epoch} of a rank; the last: "
+                f"{batch.faults[-1]}; run 'cel check {self._shards.location}'"
             )
 
     def _loader(self) -> Any:

@@ -102,7 +102,8 @@ class Batches:
         self._report(batch)
         rate = None
         if self._world.is_main and self.false_negatives:
-            rate = self.false_negatives.rate(self._plan.batch(batch.epoch, batch.step).ids)
+            # Without labels the first view's utterance is the row's.
+            rate = self.false_negatives.rate(self._plan.batch(batch.epoch, batch.step).utterances[:, 0])
         segments = batch.segments.to(self._device, non_blocking=True)
         with named("augment"):
             waves = self._augment(

@@ -70,7 +70,7 @@ def preflight(config: Config, num_ranks: int | None, resume: str) -> Checked:
         ),
     )
     plan, speakers = _plan(config, shards.index)
-    shards.files.require_room(plan.max_shards_at_once)
+    shards.files.require_room(plan.max_shards_at_once, plan.cache_remedy)
     bank = Bank.open(config.data.bank) if config.data.bank else None
     Augment(config.augment, bank, config.train.seed)
     start = find_start(

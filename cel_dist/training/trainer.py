@@ -368,12 +368,8 @@ class Trainer:
         for remark in start.remarks:
             logger.warning("%s", remark)
         logger.info(
-            "%d utterances (%d shorter than two segments, %d of them left out: data.short=%s), %d steps an epoch, "
-            "%d ranks x %d utterances on %s, from step %d to %d",
-            len(self.plan),
-            self.plan.num_short,
-            self.plan.num_dropped,
-            self.config.data.short,
+            "%s, %d steps an epoch, %d ranks x %d utterances on %s, from step %d to %d",
+            self.plan.describe(),
             self.plan.steps_per_epoch,
             self.world.size,
             self.config.train.batch_size // self.world.size,
