@@ -338,7 +338,9 @@ class Config(Section):
                 "batch has as many utterances of every speaker"
             )
         elif similarity == "angular_contrastive" and labels.utterances != 2:
-            raise ValueError(f"loss.similarity={similarity} compares two utterances of a speaker; set labels.utterances=2")
+            raise ValueError(
+                f"loss.similarity={similarity} compares two utterances of a speaker; set labels.utterances=2"
+            )
         elif not self.classifies and labels.utterances < 2:
             raise ValueError(
                 f"loss.similarity={similarity} compares utterances of a speaker; set labels.utterances to 2 or more"

@@ -86,7 +86,9 @@ class Shards:
         except (OSError, RuntimeError, ValueError, EOFError, KeyError) as error:
             raise RunError(f"class weights in {folder} cannot be read: {' '.join(str(error).split())[:300]}") from error
         if missing:
-            raise RunError(f"{folder} lacks the class weights of {missing} of the classes {self._first} to {self._end - 1}")
+            raise RunError(
+                f"{folder} lacks the class weights of {missing} of the classes {self._first} to {self._end - 1}"
+            )
 
     def _put(self, parameter: Tensor, saved: dict[str, Tensor], target: slice, source: slice) -> None:
         parameter[target] = saved["value"][source].to(parameter.device)

@@ -33,7 +33,9 @@ def labelled(small_corpus, tmp_path_factory):
     """The small corpus with speakers in its shards."""
     folder = tmp_path_factory.mktemp("labelled")
     paths = sorted(path.relative_to(small_corpus.audio).as_posix() for path in small_corpus.audio.rglob("*.flac"))
-    paths = paths or sorted(path.relative_to(small_corpus.audio).as_posix() for path in small_corpus.audio.rglob("*.wav"))
+    paths = paths or sorted(
+        path.relative_to(small_corpus.audio).as_posix() for path in small_corpus.audio.rglob("*.wav")
+    )
     (folder / "labels.txt").write_text("".join(f"{path} {path.split('/')[0]}\n" for path in paths))
     prepare(small_corpus.audio, folder / "shards", labels=folder / "labels.txt", samples_per_shard=15, workers=1)
     return type(small_corpus)(small_corpus.audio, folder / "shards", small_corpus.bank, small_corpus.trials)
@@ -60,7 +62,10 @@ def runs(labelled, tmp_path_factory):
     adacos_cut = config_of(labelled, folder, "adacos_cut", **adacos, engine={"zero_stage": 2})
     sharded = config_of(labelled, folder, "sharded", head={"weights": "sharded"}, engine={"zero_stage": 3})
     start = str(folder / "whole")
-    large = {"data": {"segment_frames": 60}, "head": {"margin": 0.5, "margin_until_epoch": 0.0, "margin_from_epoch": 0.0}}
+    large = {
+        "data": {"segment_frames": 60},
+        "head": {"margin": 0.5, "margin_until_epoch": 0.0, "margin_from_epoch": 0.0},
+    }
     large["head"]["init"] = start
     margin = config_of(labelled, folder, "large_margin", **large, encoder={"init": start}, train={"max_steps": 1})
     pairs = {"labels": {"utterances": 2}, "loss": {"similarity": "angular_prototypical"}, "head": dict.fromkeys(())}

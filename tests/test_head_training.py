@@ -135,7 +135,10 @@ def go_on_elsewhere(folder, universal):
 def plain_steps():
     """The same with nothing but torch, in one process with the whole batch."""
     module = objective(None)
-    groups = [{"params": module.encoder.parameters(), "lr": RATE}, {"params": module.loss.parameters(), "lr": HEAD_RATE}]
+    groups = [
+        {"params": module.encoder.parameters(), "lr": RATE},
+        {"params": module.loss.parameters(), "lr": HEAD_RATE},
+    ]
     optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
     told = []
     for features, labels in batches():
@@ -175,7 +178,9 @@ def test_class_weights_learn_as_in_one_process(ranks, stage, sharded, chunks):
 def test_the_rates_of_encoder_and_head_are_apart():
     module, before = objective(None), objective(None)
     engine_rates = plain_steps()[1]
-    moved = {name: abs(engine_rates[name] - tensor.numpy()).max() for name, tensor in module.encoder.state_dict().items()}
+    moved = {
+        name: abs(engine_rates[name] - tensor.numpy()).max() for name, tensor in module.encoder.state_dict().items()
+    }
     head = abs(engine_rates["weight"] - before.loss.head.class_weights()["weight"].numpy()).max()
     assert head > 3 * max(moved.values())
 

@@ -71,11 +71,15 @@ class Batches:
         )
         index = checked.shards.index
         # With labels no negative is false.
-        self.false_negatives = None if config.labels.use else FalseNegatives(
-            index.speaker,
-            # A list of all utterances takes memory that grows with them.
-            checked.plan.usable() if len(index.speaker_names) else len(checked.plan),
-            config.data.num_speakers,
+        self.false_negatives = (
+            None
+            if config.labels.use
+            else FalseNegatives(
+                index.speaker,
+                # A list of all utterances takes memory that grows with them.
+                checked.plan.usable() if len(index.speaker_names) else len(checked.plan),
+                config.data.num_speakers,
+            )
         )
         self._augment = Augment(config.augment, checked.bank, config.train.seed)
         self._features = LogMel().to(device)
@@ -117,9 +121,7 @@ class Batches:
                 epoch=batch.epoch, step=batch.step, rows=self._rows, batch_size=self._plan.batch_size
             )
             ids = ids + self._num_classes * speeds.to(ids.device)
-        return TrainBatch(
-            batch.epoch, batch.step, ids, batch.utterances, features, len(batch.faults), waited, rate
-        )
+        return TrainBatch(batch.epoch, batch.step, ids, batch.utterances, features, len(batch.faults), waited, rate)
 
     def close(self) -> None:
         """End the reader processes."""

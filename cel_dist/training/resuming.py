@@ -26,9 +26,7 @@ def agreed_start(config: Config, world: World, *, signature: dict[str, Any], res
     found: list[Start | None] = [None]
     with raised_together(world):
         if world.is_main:
-            found[0] = find_start(
-                config, signature=signature, num_ranks=world.size, resume=resume, contents=True
-            )
+            found[0] = find_start(config, signature=signature, num_ranks=world.size, resume=resume, contents=True)
     if world.size > 1:
         dist.broadcast_object_list(found, src=0)
     assert found[0] is not None

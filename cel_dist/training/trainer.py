@@ -117,9 +117,7 @@ class Trainer:
         with raised_together(world):
             encoder = initial_encoder(config) if start.checkpoint is None else new_encoder(config)
         names = class_names(config, checked.speakers)
-        objective = new_objective(
-            config, encoder, torch.distributed.group.WORLD, device.type == "cuda", len(names)
-        )
+        objective = new_objective(config, encoder, torch.distributed.group.WORLD, device.type == "cuda", len(names))
         if start.checkpoint is None and config.head.init:
             with raised_together(world):
                 take_over(objective.loss.head, config.head.init, names)
