@@ -1,12 +1,12 @@
-"""The paper's two claims on real speech: uniformity helps the similarity loss, and fine-tuning from CEL beats fine-tuning
-from random weights.
+"""The paper's two claims on real speech: uniformity helps the similarity loss, and fine-tuning from CEL beats
+fine-tuning from random weights.
 
     .venv/bin/python benchmarks/claims.py --shared ../shared --out runs/claims
 
-`--shared` is a folder with `data/` in it: `corpus/`, `train_labelled.txt`, `noise/`, `rir/` and the test lists. Every arm is
-trained with each seed on the same budget (`claims.yaml`, `claims_finetuning.yaml`), the last model is kept, and the test
-lists are scored once, at the end: they choose nothing. What is there already is not done again, so that the command goes
-on where it was interrupted. Writes claims.json and .md to `--results`.
+`--shared` is a folder with `data/` in it: `corpus/`, `train_labelled.txt`, `noise/`, `rir/` and the test lists. Every
+arm is trained with each seed on the same budget (`claims.yaml`, `claims_finetuning.yaml`), the last model is kept, and
+the test lists are scored once, at the end: they choose nothing. What is there already is not done again, so that the
+command goes on where it was interrupted. Writes claims.json and .md to `--results`.
 """
 
 import argparse
@@ -187,10 +187,9 @@ def write(options: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
         "# The claims of the paper on real speech",
         "",
         f"Written by `benchmarks/claims.py`; {machine}, a process with a thread a run; "
-        f"{', '.join(f'{name} {number}' for name, number in versions.items())}. {options.seeds} seeds an arm: means and "
-        "standard deviations over the seeds. Differences are between runs of the same seed, which begin with the same "
-        "weights and see the same utterances; below 0 the claim holds. The test lists were scored once, from the last "
-        "model, and chose nothing.",
+        f"{', '.join(f'{name} {number}' for name, number in versions.items())}. {options.seeds} seeds an arm: means "
+        "and standard deviations over the seeds. Differences are between runs of the same seed; below 0 the claim "
+        "holds. The test lists were scored once, from the last model, and chose nothing.",
     ]
     for name, text in zip(ARMS, (_told_pretraining, _told_finetuning), strict=True):
         lines += ["", *text(configs[name], report["untrained_eer"]), "", *table(name, rows)]
@@ -222,8 +221,8 @@ def _told_finetuning(config: Any, untrained_eer: dict[str, float]) -> list[str]:
         "",
         f"With labels, {config.loss.similarity} over speakers: {steps} steps of {batch} utterances, "
         f"{config.labels.utterances} of a speaker, one segment of {config.data.segment_frames} frames each, no "
-        f"augmentation. All: 2289 utterances of 422 speakers. A tenth: whole speakers, others for each seed. `from CEL` "
-        f"begins with the encoder of `{START}` of the same seed.",
+        f"augmentation. All: 2289 utterances of 422 speakers. A tenth: whole speakers, others for each seed. `from "
+        f"CEL` begins with the encoder of `{START}` of the same seed.",
     ]
 
 

@@ -72,4 +72,4 @@ def records(run: Path, name: str = "metrics.jsonl"):
 
 def losses(run: Path):
     """Losses and gradient norms by step, to compare runs bit by bit."""
-    return {row["step"]: [row[name] for name in LOSSES] for row in records(run)}
+    return {row["step"]: [row[name] for name in LOSSES if name in row] for row in records(run)}

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_safetensors
-from torch import Tensor
+from torch import Tensor, nn
 
 from cel_dist.config import Config
 from cel_dist.description import DESCRIPTION_FILE, read_description
@@ -55,8 +55,8 @@ def class_names(config: Config, speakers: Sequence[str]) -> list[str]:
 
 
 def read_classes(source: str) -> Classes:
-    """The class weights of a checkpoint, or of a run: those of its best model, if their checkpoint is there, else of its
-    newest checkpoint.
+    """The class weights of a checkpoint, or of a run: those of the checkpoint of its best model, if that is there, else
+    of its newest one.
 
     Raises:
         CelError: `source` has none, or they are damaged.
@@ -76,7 +76,7 @@ def read_classes(source: str) -> Classes:
     return Classes(names, weights)
 
 
-def take_over(head: ClassificationHead, source: str, names: Sequence[str]) -> int:
+def take_over(loss: nn.Module, source: str, names: Sequence[str]) -> int:
     """Give the speakers among `names` that `source` knows the class weights that they have there.
 
     Returns:
@@ -93,6 +93,8 @@ def take_over(head: ClassificationHead, source: str, names: Sequence[str]) -> in
             f"head.init={source} has {len(former.names)} speakers, and none of them is in data.shards; leave head.init "
             "out, or name a run on the same speakers"
         )
+    head = loss.get_submodule("head")
+    assert isinstance(head, ClassificationHead)
     rows, sources = (torch.tensor(column) for column in zip(*known, strict=True))
     try:
         head.load_class_weights({name: tensor[sources] for name, tensor in former.weights.items()}, rows)

@@ -2,7 +2,7 @@
 configuration says, and the encoder that a run begins with."""
 
 import math
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 import torch.distributed as dist
@@ -15,6 +15,7 @@ from cel_dist.encoders.batch_norm import with_global_batch_norm
 from cel_dist.losses import EquilibriumLoss, LossOutput
 from cel_dist.losses.batch import EmbeddingsError
 from cel_dist.losses.supervised import AdaCos, ArcFace, ClassificationHead, CosFace, Softmax, SupervisedLoss
+from cel_dist.losses.similarity import SimilarityName
 from cel_dist.model import load_model, load_weights
 
 
@@ -41,9 +42,9 @@ class Objective(nn.Module):
         """One step of the objective.
 
         Args:
-            step: `whole` takes features [B, V, 40, F] and ids (or classes) [B] or None to a LossOutput; `embed` takes features to
-                embeddings [B, V, D]; `compare` takes embeddings and ids to a LossOutput; `pull` takes features and
-                gradients [B, V, D] at their embeddings to a scalar whose gradient is that of the loss.
+            step: `whole` takes features [B, V, 40, F] and ids, or classes, [B] or None to a LossOutput; `embed` takes
+                features to embeddings [B, V, D]; `compare` takes embeddings and ids to a LossOutput; `pull` takes
+                features and gradients [B, V, D] at their embeddings to a scalar whose gradient is that of the loss.
             inputs: what the step takes.
         """
         match step:
@@ -119,7 +120,7 @@ def new_objective(
         assert num_classes is not None
         loss = SupervisedLoss(_new_head(config, num_classes, group), skip_unusable=True, **settings)
     else:
-        loss = TrainingLoss(similarity=config.loss.similarity, **settings)
+        loss = TrainingLoss(cast(SimilarityName, config.loss.similarity), **settings)
     if config.encoder.batch_norm == "global":
         encoder = with_global_batch_norm(encoder, group, on_gpu)
     return Objective(encoder, loss, config.encoder.views)
@@ -127,7 +128,8 @@ def new_objective(
 
 def _new_head(config: Config, num_classes: int, group: dist.ProcessGroup | None) -> ClassificationHead:
     """The head of the configuration, with class weights drawn from the seed: the same for any number of ranks."""
-    head, margins = config.head, {"margin": config.head.margin, "scale": config.head.scale}
+    head = config.head
+    margins: dict[str, Any] = {"margin": head.margin, "scale": head.scale, "sub_centres": head.sub_centres}
     common: dict[str, Any] = {
         "matmul": config.loss.matmul,
         "embedding_dim": config.encoder.embedding_dim,
@@ -142,9 +144,9 @@ def _new_head(config: Config, num_classes: int, group: dist.ProcessGroup | None)
         case "adacos":
             return AdaCos(**common)
         case "cosface":
-            return CosFace(**common, **margins, sub_centres=head.sub_centres)
+            return CosFace(**common, **margins)
         case _:
-            return ArcFace(**common, **margins, sub_centres=head.sub_centres)
+            return ArcFace(**common, **margins)
 
 
 def new_encoder(config: Config) -> nn.Module:

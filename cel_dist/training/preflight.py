@@ -8,15 +8,15 @@ from cel_dist.config import Config
 from cel_dist.data.augment import Augment
 from cel_dist.data.bank import Bank
 from cel_dist.data.folder import DEFAULT_CACHE, Access, ShardFolder
-from cel_dist.data.plan import BatchPlan, Plan
 from cel_dist.data.index import Index
+from cel_dist.data.plan import BatchPlan, Plan
 from cel_dist.data.speaker_plan import SpeakerPlan
 from cel_dist.distributed import World
 from cel_dist.errors import CelError
 from cel_dist.evaluation.embed import file_sizes
 from cel_dist.evaluation.trials import Trials
-from cel_dist.training.objective import initial_encoder
 from cel_dist.training.classes import read_classes
+from cel_dist.training.objective import initial_encoder
 from cel_dist.training.start import Start, find_start, signature
 
 

@@ -120,7 +120,7 @@ class Trainer:
         objective = new_objective(config, encoder, torch.distributed.group.WORLD, device.type == "cuda", len(names))
         if start.checkpoint is None and config.head.init:
             with raised_together(world):
-                take_over(objective.loss.head, config.head.init, names)
+                take_over(objective.loss, config.head.init, names)
         self.engine = Engine(objective, config, world, device)
         self.validation = Validation(config, world, device, self.plan.steps_per_epoch)
 
@@ -349,9 +349,9 @@ class Trainer:
         with raised_together(self.world):
             if self.records:
                 values = {**scalars, "lr": rate, "skipped": self.state.skipped}
-                expected = self.batches.false_negatives and self.batches.false_negatives.expected
-                if expected is not None:
-                    values["false_negatives_expected"] = expected
+                rates = self.batches.false_negatives
+                if rates is not None and rates.expected is not None:
+                    values["false_negatives_expected"] = rates.expected
                 self.records.write_interval(step=self.state.step, epoch=self._epoch(), interval=interval, values=values)
 
     def _open_records(self) -> None:
