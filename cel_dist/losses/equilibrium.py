@@ -80,9 +80,7 @@ class EquilibriumLoss(nn.Module):
         if similarity not in SIMILARITIES:
             raise CelError(f"unknown similarity loss '{similarity}'; choose one of {', '.join(SIMILARITIES)}")
         check_pairs(pairs, t)
-        for name, weight in (("lambda_s", lambda_s), ("lambda_u", lambda_u)):
-            if not 0 <= weight < float("inf"):
-                raise CelError(f"{name} is {weight}; give a finite weight of at least 0")
+        check_weights(lambda_s, lambda_u)
         definition = SIMILARITIES[similarity]
         self._settings = Settings(definition, pairs, t, lambda_s, lambda_u, Products(matmul))
         self._exchange = Exchange(group, exchange)
@@ -116,3 +114,10 @@ class EquilibriumLoss(nn.Module):
         """Raise w to 1e-6 if a step of the optimizer took it below; to be called after every step."""
         if self.w is not None:
             self.w.clamp_(min=_SMALLEST_SCALE)
+
+
+def check_weights(lambda_s: float, lambda_u: float) -> None:
+    """Raise CelError unless the weights of both terms are finite and at least 0."""
+    for name, weight in (("lambda_s", lambda_s), ("lambda_u", lambda_u)):
+        if not 0 <= weight < float("inf"):
+            raise CelError(f"{name} is {weight}; give a finite weight of at least 0")

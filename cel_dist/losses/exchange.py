@@ -151,6 +151,29 @@ class Exchange:
             gathered.copy_(vector)
         return gathered.view(self.world_size, -1)
 
+    def total(self, x: Tensor) -> Tensor:
+        """Sum of the ranks' tensors, which have one shape; on every rank."""
+        return self._reduced(x, dist.ReduceOp.SUM)
+
+    def largest(self, x: Tensor) -> Tensor:
+        """The largest of the ranks' numbers at every place of tensors of one shape; on every rank."""
+        return self._reduced(x, dist.ReduceOp.MAX)
+
+    def own_rows_of_total(self, x: Tensor) -> Tensor:
+        """This rank's B rows of the sum of the ranks' tensors [W B, ...]."""
+        if self.world_size == 1:
+            return x
+        own = x.new_empty((len(x) // self.world_size, *x.shape[1:]))
+        _reduce_scatter(own, x.contiguous(), group=self._group)
+        return own
+
+    def _reduced(self, x: Tensor, operation: dist.ReduceOp.RedOpType) -> Tensor:
+        if self.world_size == 1:
+            return x
+        reduced = x.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(reduced, operation, group=self._group)
+        return reduced
+
 
 class SharedRows:
     """The rows of the global batch; every iteration is one pass over all blocks. A ring starts with the own block."""
@@ -200,8 +223,9 @@ class SharedRows:
         return Block(rows, ids, first)
 
 
-# The newer name of the same collective; the older one warns from torch 2.13 on.
+# The newer names of the same collectives; the older ones warn from torch 2.13 on.
 _all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
+_reduce_scatter = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
 
 
 def _pack(x: Tensor, ids: Tensor | None) -> Tensor:
