@@ -139,8 +139,8 @@ class HeadSection(Section):
     sub_centres: Positive = 1
     """Centres of a speaker (`cosface`, `arcface`), of which the nearest counts; more take noisy labels apart."""
     weights: Literal["replicated", "sharded"] = "replicated"
-    """Class weights whole on every rank (or cut up by ZeRO), or those of some classes on each rank, outside of ZeRO: then
-    no rank holds or sends them all."""
+    """Class weights whole on every rank (or cut up by ZeRO), or on each rank those of some classes, outside of ZeRO:
+    then no rank holds or sends them all."""
     init: str | None = None
     """A checkpoint of a run with labels, or its run folder, whose class weights are the start of the speakers that it
     has, by name; new ones are drawn."""

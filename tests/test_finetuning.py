@@ -59,7 +59,9 @@ def runs(labelled, tmp_path_factory):
     start = str(folder / "whole")
     no_growth = {"margin_from_epoch": 0.0, "margin_until_epoch": 0.0}
     large = {"data": {"segment_frames": 60}, "head": {"margin": 0.5, "init": start, **no_growth}}
-    trained(folder, 1, config_of(labelled, folder, "large_margin", **large, encoder={"init": start}), "train.max_steps=1")
+    trained(
+        folder, 1, config_of(labelled, folder, "large_margin", **large, encoder={"init": start}), "train.max_steps=1"
+    )
     of_pairs = {key: value for key, value in LABELLED.items() if key != "head"}
     of_pairs |= {"labels": {"use": True, "utterances": 2}, "loss": {"similarity": "angular_prototypical"}}
     trained(folder, 1, write_config(labelled, folder, "prototypical", **of_pairs))
