@@ -91,12 +91,14 @@ def test_a_misspelt_name_is_answered_with_the_nearest_one() -> None:
 def test_a_registered_encoder_can_be_built_once_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("cel_dist.encoders.registry._ENCODERS", {})
 
-    @register_encoder("flat")
+    @register_encoder("flat", source="nobody", pooling="tap")
     class Flat(nn.Linear):
-        def __init__(self, embedding_dim: int) -> None:
-            super().__init__(40, embedding_dim)
+        def __init__(self, embedding_dim: int, *, pooling: str, num_mels: int) -> None:
+            super().__init__(num_mels, embedding_dim)
 
     assert encoder_names() == ["flat"]
     assert build_encoder("flat", embedding_dim=3).out_features == 3
     with pytest.raises(ValueError, match="two encoders are called 'flat'"):
-        register_encoder("flat")(Flat)
+        register_encoder("flat", source="nobody", pooling="tap")(Flat)
+    with pytest.raises(ValueError, match="there is no pooling 'mean'"):
+        register_encoder("round", source="nobody", pooling="mean")(Flat)
