@@ -24,6 +24,7 @@ Real = Annotated[float, NotABoolean]
 Positive = Annotated[Whole, Field(gt=0)]
 Decibels = Annotated[Real, Field(ge=-100, le=100)]
 Range = tuple[Decibels, Decibels]
+Speed = Annotated[Real, Field(ge=0.5, le=2)]
 
 
 class Section(BaseModel):
@@ -92,6 +93,24 @@ class AugmentSection(Section):
     """SNR of music."""
     rir_gain_db: Range = (-7.0, 3.0)
     """Gain g of a room response; its amplitude is multiplied by 10^(0.1 g), as published."""
+    speeds: Annotated[tuple[Speed, ...], Field(min_length=1)] = (1.0,)
+    """Speeds at which utterances are played, for example 0.9, 1.0 and 1.1; one of them is drawn for each utterance of a
+    batch. All its segments share it, because another speed is another voice: the pitch changes, too."""
+    time_masks: Annotated[Whole, Field(ge=0, le=100)] = 0
+    """SpecAugment: stretches of frames of every segment's features that are set to 0, the mean; 0 is off."""
+    time_mask_frames: Positive = 5
+    """Most frames of such a stretch; the number is drawn from 0 on."""
+    freq_masks: Annotated[Whole, Field(ge=0, le=100)] = 0
+    """SpecAugment: ranges of mel bands of every segment's features that are set to 0; 0 is off."""
+    freq_mask_bands: Positive = 10
+    """Most mel bands of such a range; the number is drawn from 0 on."""
+
+
+class FeaturesSection(Section):
+    """The front end: log-mel spectrogram, FFT 512, Hann window 400, hop 160, instance norm over time."""
+
+    num_mels: Annotated[Literal[40, 80], NotABoolean] = 40
+    """Mel bands between 0 and 8000 Hz; 40 as published."""
 
 
 class EncoderSection(Section):
@@ -101,6 +120,9 @@ class EncoderSection(Section):
     """Registered name of the encoder."""
     embedding_dim: Annotated[Whole, Field(gt=0, le=65_536)] = 512
     """Size D of the embedding."""
+    pooling: Literal["default", "tap", "sap", "stats", "asp"] = "default"
+    """From frames to one vector: their mean, the mean by self-attention, mean and standard deviation, or these by
+    attention. `default` is that of the encoder's paper."""
     views: Literal["separate", "joint"] = "separate"
     """One forward pass a view, so that batch-norm statistics are per view (published), or one joint pass."""
     batch_norm: Literal["global", "per_rank"] = "global"
@@ -241,6 +263,7 @@ class Config(Section):
     run: RunSection = RunSection()
     data: DataSection
     augment: AugmentSection = AugmentSection()
+    features: FeaturesSection = FeaturesSection()
     encoder: EncoderSection = EncoderSection()
     loss: LossSection = LossSection()
     train: TrainSection = TrainSection()
@@ -262,6 +285,7 @@ class Config(Section):
             low, high = getattr(self.augment, name)
             if low > high:
                 raise ValueError(f"augment.{name}=({low}, {high}) is empty; write the lower bound first")
+        self._check_augmentation()
         if self.loss.lambda_s == 0 and self.loss.lambda_u == 0:
             raise ValueError("loss.lambda_s and loss.lambda_u are both 0, so nothing is learned; raise one of them")
         if self.optim.min_lr > self.optim.lr:
@@ -270,7 +294,30 @@ class Config(Section):
             raise ValueError("eval.trials and eval.root go together; set both or neither")
         return self
 
+    def _check_augmentation(self) -> None:
+        speeds = self.augment.speeds
+        hundredths = [round(100 * speed) for speed in speeds]
+        if any(abs(100 * speed - whole) > 1e-6 for speed, whole in zip(speeds, hundredths, strict=True)):
+            raise ValueError(f"augment.speeds={list(speeds)}: a speed has two decimals at most, such as 0.9 or 1.05")
+        if len(set(hundredths)) < len(hundredths):
+            raise ValueError(f"augment.speeds={list(speeds)} has a speed twice; all are drawn alike, so name each once")
+        for masks, width, available, whole in (
+            ("time_masks", "time_mask_frames", self.data.segment_frames, "data.segment_frames"),
+            ("freq_masks", "freq_mask_bands", self.features.num_mels, "features.num_mels"),
+        ):
+            number, widest = getattr(self.augment, masks), getattr(self.augment, width)
+            if number * widest >= available:
+                raise ValueError(
+                    f"augment.{masks}={number} of up to augment.{width}={widest} may leave nothing of "
+                    f"{whole}={available}; lower one of them"
+                )
+
     @property
     def segment_samples(self) -> int:
         """Samples T of a segment: hop 160 a frame, and 240 for the rest of the last window."""
         return self.data.segment_frames * 160 + 240
+
+    @property
+    def read_samples(self) -> int:
+        """Samples of a segment as it is read: so many that T are left at the highest of `augment.speeds`."""
+        return -(-self.segment_samples * max(round(100 * speed) for speed in self.augment.speeds) // 100)

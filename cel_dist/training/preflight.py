@@ -54,7 +54,7 @@ def preflight(config: Config, num_ranks: int | None, resume: str) -> Checked:
     )
     plan = Plan(
         shards.index,
-        segment_samples=config.segment_samples,
+        segment_samples=config.read_samples,
         batch_size=config.train.batch_size,
         short=data.short,
         seed=config.train.seed,

@@ -43,7 +43,14 @@ _FREE = (
     "train.threads",
 )
 # Without these a checkpoint cannot be read, or its position means nothing, in whatever run.
-_FIXED = ("encoder.name", "encoder.embedding_dim", "loss.similarity", "train.batch_size")
+_FIXED = (
+    "encoder.name",
+    "encoder.embedding_dim",
+    "encoder.pooling",
+    "features.num_mels",
+    "loss.similarity",
+    "train.batch_size",
+)
 
 
 @dataclass(frozen=True)
