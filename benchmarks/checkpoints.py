@@ -79,7 +79,7 @@ def spread(values: list[float]) -> list[float]:
 
 
 def rank_main(times: int, folder: Path) -> None:
-    from cel_dist.config import EngineSection
+    from cel_dist.config_sections import EngineSection
     from cel_dist.distributed import World
     from cel_dist.process_group import process_group
 

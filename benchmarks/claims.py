@@ -229,10 +229,12 @@ def _told_finetuning(config: Any, untrained_eer: dict[str, float]) -> list[str]:
 def untrained(options: argparse.Namespace) -> dict[str, float]:
     """Test EERs in percent of an encoder with random weights."""
     from cel_dist.evaluation import evaluate
-    from cel_dist.training.objective import initial_encoder, untrained_model
+    from cel_dist.model import SpeakerModel
+    from cel_dist.network import describe
+    from cel_dist.training.objective import initial_encoder
 
     config = load_config(Path(__file__).with_name("claims.yaml"), options.overrides)
-    model = untrained_model(config, initial_encoder(config))
+    model = SpeakerModel(initial_encoder(config), describe(config))
     data = options.shared / "data"
     return {trials: 100 * evaluate(model, data / trials, data / "corpus").eer for trials in TEST_LISTS}
 

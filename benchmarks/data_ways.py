@@ -12,7 +12,7 @@ import torch
 from data_corpus import Corpus
 from torch import Tensor
 
-from cel_dist.config import AugmentSection
+from cel_dist.config_sections import AugmentSection
 from cel_dist.data.folder import Access, ShardFolder
 from cel_dist.data.plan import Plan
 from cel_dist.data.stream import SegmentBatch, SegmentStream

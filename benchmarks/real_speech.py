@@ -21,8 +21,9 @@ from typing import Any
 
 import numpy as np
 
-from cel_dist.config import AugmentSection, Config
+from cel_dist.config import Config
 from cel_dist.config_file import load_config
+from cel_dist.config_sections import AugmentSection
 from cel_dist.corpus.trials import Utterance, draw_trials, write_trials
 from cel_dist.data.prepare import prepare
 from cel_dist.data.prepare_bank import prepare_bank
@@ -168,13 +169,12 @@ def read_run(run: Path) -> tuple[Config, dict[str, Any]]:
 def measure(config: Config, steps: int, run: Path, data: Path) -> Curve:
     """Test EERs of the untrained encoder, and of the checkpoints at which the published implementation was measured."""
     # They import torch, which must not come before OpenMP was told to let idle threads sleep.
-    from cel_dist.description import EncoderDescription, ModelDescription
     from cel_dist.evaluation import evaluate
     from cel_dist.model import SpeakerModel, load_model
+    from cel_dist.network import describe
     from cel_dist.training.trainer import initial_encoder
 
-    described = EncoderDescription(name=config.encoder.name, embedding_dim=config.encoder.embedding_dim)
-    models = {0: SpeakerModel(initial_encoder(config), ModelDescription(encoder=described))}
+    models = {0: SpeakerModel(initial_encoder(config), describe(config))}
     for utterances in PUBLISHED_EER[TEST_LISTS[0]]:
         step, rest = divmod(utterances, config.train.batch_size)
         if 0 < step <= steps and not rest:

@@ -142,7 +142,7 @@ def run(case: dict[str, Any]) -> dict[str, Any]:
 
 
 def main(job: Path, rank: str) -> None:
-    from cel_dist.config import EngineSection
+    from cel_dist.config_sections import EngineSection
     from cel_dist.distributed import World, leave_process
     from cel_dist.process_group import process_group
     from cel_dist.training import trainer as module

@@ -16,7 +16,6 @@ from cel_dist.config import Config
 from cel_dist.config_file import load_config
 from cel_dist.corpus.split import Split, split_by_speaker
 from cel_dist.corpus.synth import read_corpus, synthesise_corpus
-from cel_dist.description import EncoderDescription, ModelDescription
 from cel_dist.errors import CelError
 
 logger = logging.getLogger(__name__)
@@ -181,10 +180,10 @@ def _test(config: Config, split: Split, run_dir: Path) -> tuple[float, float]:
     """EER on the test list of the encoder that training began with, and of the best one."""
     from cel_dist.evaluation import evaluate
     from cel_dist.model import SpeakerModel, load_model
+    from cel_dist.network import describe
     from cel_dist.training.trainer import initial_encoder
 
-    described = EncoderDescription(name=config.encoder.name, embedding_dim=config.encoder.embedding_dim)
-    untrained = SpeakerModel(initial_encoder(config), ModelDescription(encoder=described))
+    untrained = SpeakerModel(initial_encoder(config), describe(config))
     before = evaluate(untrained, split.test_trials, split.root)
     after = evaluate(load_model(run_dir), split.test_trials, split.root, out=run_dir / "test")
     return before.eer, after.eer

@@ -25,6 +25,7 @@ class EncoderDescription(_Part):
 
     name: str
     embedding_dim: int = Field(gt=0)
+    pooling: Literal["default", "tap", "sap", "stats", "asp"] = "default"
 
 
 class FeatureDescription(_Part):
@@ -32,7 +33,7 @@ class FeatureDescription(_Part):
 
     kind: str = "log_mel"
     sample_rate_hz: int = 16_000
-    num_mels: int = 40
+    num_mels: Literal[40, 80] = 40
     fft_size: int = 512
     window_samples: int = 400
     hop_samples: int = 160
@@ -44,7 +45,7 @@ class FeatureDescription(_Part):
     @model_validator(mode="after")
     def _known(self) -> "FeatureDescription":
         for name, field in FeatureDescription.model_fields.items():
-            if getattr(self, name) != field.default:
+            if name != "num_mels" and getattr(self, name) != field.default:
                 raise ValueError(f"{name}={getattr(self, name)!r}, but this version computes {name}={field.default!r}")
         return self
 

@@ -80,7 +80,7 @@ class Engine:
         move once a step, by the mean of the parts.
 
         Args:
-            features: [B, V, 40, F] of this rank.
+            features: [B, V, M, F] of this rank.
             ids: [B] int64 ids of the samples, or classes of the speakers, or None.
 
         Returns:

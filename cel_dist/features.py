@@ -8,7 +8,6 @@ from cel_dist.errors import CelError
 
 SAMPLE_RATE = 16_000
 HOP = 160
-NUM_MELS = 40
 # Centred frames are mirrored by half an FFT at both ends, which takes one sample more than that.
 MIN_SAMPLES = 257
 
@@ -34,6 +33,9 @@ class LogMel(nn.Module):
     40 mel bands between 0 and 8000 Hz of the power spectrum (FFT 512, Hann window 400, hop 160), `log(x + 1e-6)`, then
     zero mean and unit variance over the frames of every band. There is nothing to learn.
 
+    Args:
+        num_mels: mel bands M; 40 as published, or 80, as later encoders have.
+
     >>> LogMel()(1000 * torch.randn(2, segment_samples(180))).shape
     torch.Size([2, 40, 182])
 
@@ -41,7 +43,7 @@ class LogMel(nn.Module):
         CelError: torchaudio cannot be imported; the message names the remedy.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, num_mels: int = 40) -> None:
         super().__init__()
         try:
             from torchaudio.transforms import MelScale, Spectrogram
@@ -54,7 +56,7 @@ class LogMel(nn.Module):
             n_fft=_FFT, win_length=_WINDOW, hop_length=HOP, window_fn=torch.hann_window, power=None
         )
         self.mel_scale = MelScale(
-            n_mels=NUM_MELS, sample_rate=SAMPLE_RATE, f_min=0.0, f_max=SAMPLE_RATE / 2, n_stft=_FFT // 2 + 1
+            n_mels=num_mels, sample_rate=SAMPLE_RATE, f_min=0.0, f_max=SAMPLE_RATE / 2, n_stft=_FFT // 2 + 1
         )
 
     def forward(self, wave: Tensor) -> Tensor:
@@ -64,7 +66,7 @@ class LogMel(nn.Module):
             wave: [B, T] samples at 16 kHz on the int16 scale, any real dtype, T >= 257.
 
         Returns:
-            [B, 40, F] float32 with F = 1 + T // 160.
+            [B, M, F] float32 with F = 1 + T // 160.
 
         Raises:
             CelError: the waveforms are shorter than 257 samples.

@@ -32,9 +32,9 @@ from cel_dist.description import (
     Provenance,
     read_description,
 )
-from cel_dist.encoders import build_encoder
 from cel_dist.errors import CelError, RunError
-from cel_dist.features import LogMel, segment_samples
+from cel_dist.features import segment_samples
+from cel_dist.network import front_end, new_network
 from cel_dist.published import read_published
 
 __all__ = [
@@ -79,7 +79,7 @@ class SpeakerModel:
         self.encoder = encoder.eval()
         self.description = description
         self.device: torch.device = next(encoder.parameters()).device
-        self._features = LogMel().to(self.device).eval()
+        self._features = front_end(description).to(self.device).eval()
 
     def embed(self, audio: Audio | list[Audio] | tuple[Audio, ...]) -> Embeddings:
         """Unit embedding of a whole utterance [D], or of each utterance of a list or tuple [N, D]; float32.
@@ -203,7 +203,7 @@ class SpeakerModel:
         source: Path,
         device: str | torch.device | None,
     ) -> "SpeakerModel":
-        encoder = build_encoder(description.encoder.name, embedding_dim=description.encoder.embedding_dim)
+        encoder = new_network(description)
         load_weights(encoder, state, description.encoder, source)
         chosen = device or ("cuda" if torch.cuda.is_available() else "cpu")
         return cls(encoder.to(chosen).requires_grad_(False), description)
@@ -291,8 +291,8 @@ def load_weights(
     if differing:
         raise CelError(
             f"{source} is a checkpoint of another encoder than '{description.name}' with {description.embedding_dim} "
-            f"dimensions: {len(differing)} tensors differ ({'; '.join(differing[:3])}); "
-            "name the encoder it was made with"
+            f"dimensions and pooling '{description.pooling}': {len(differing)} tensors differ "
+            f"({'; '.join(differing[:3])}); name the encoder it was made with"
         )
     encoder.load_state_dict(dict(state))
 

@@ -25,7 +25,7 @@ import torch.distributed as dist
 import torch.distributed.nn.functional
 from torch.distributed import distributed_c10d as c10d
 
-from cel_dist.config import EngineSection
+from cel_dist.config_sections import EngineSection
 from cel_dist.distributed import World, free_port
 from cel_dist.errors import CelError, PreemptedError, RunError
 from cel_dist.watch import Limits, Watchdog, listen, named

@@ -4,7 +4,7 @@ import soundfile
 import torch
 from scipy import signal
 
-from cel_dist.config import AugmentSection
+from cel_dist.config_sections import AugmentSection
 from cel_dist.data.augment import Augment, Choices, at_snr, convolve
 from cel_dist.data.bank import Bank
 from cel_dist.data.prepare_bank import prepare_bank

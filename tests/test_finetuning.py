@@ -9,8 +9,8 @@ from training_runs import losses, records, train_job, write_config
 from worlds import run_world
 
 from cel_dist import load_model
-from cel_dist.config import LabelsSection
 from cel_dist.config_file import load_config, parse_config
+from cel_dist.config_sections import LabelsSection
 from cel_dist.data.prepare import prepare
 from cel_dist.errors import CelError
 from cel_dist.training.classes import read_classes

@@ -260,7 +260,9 @@ def test_weights_of_another_encoder_are_refused_by_name_and_tensor(model, tmp_pa
     (tmp_path / "m" / "model.json").write_text(json.dumps(description))
     with pytest.raises(CelError) as caught:
         load_model(tmp_path / "m")
-    assert "another encoder than 'fast_resnet34' with 64 dimensions: 2 tensors differ" in str(caught.value)
+    assert "another encoder than 'fast_resnet34' with 64 dimensions and pooling 'default': 2 tensors differ" in str(
+        caught.value
+    )
     assert "projection.weight has shape [32, 128] instead of [64, 128]" in str(caught.value)
 
 
@@ -293,7 +295,9 @@ def test_missing_weights_are_named(model, tmp_path):
     [
         ({"version": 2}, "format version 2, this cel_dist reads up to 1; update cel_dist"),
         ({"format": "other"}, "does not describe a model of this project"),
-        ({"features": {"num_mels": 80}}, "num_mels=80, but this version computes num_mels=40"),
+        ({"features": {"num_mels": 64}}, "'features.num_mels': Input should be 40 or 80"),
+        ({"features": {"fft_size": 400}}, "fft_size=400, but this version computes fft_size=512"),
+        ({"encoder": {"name": "tdnn", "embedding_dim": 32, "pooling": "mean"}}, "'encoder.pooling': Input should be"),
         ({"scoring": "plda"}, "'scoring'"),
         ({"encoder": {"name": "fast_resnet43", "embedding_dim": 32}}, "did you mean 'fast_resnet34'"),
         ({"encoder": {"name": "fast_resnet34"}}, "'encoder.embedding_dim': Field required"),

@@ -20,7 +20,7 @@ IMPORTED_ONLY_BY = {
     "ray": ("data/ray_pool.py", "sweep.py"),
     "psutil": ("launcher/ranks.py", "losses/exchange.py"),
     "webdataset": ("data/stream.py",),
-    "torchaudio": ("features.py", "data/augment.py"),
+    "torchaudio": ("features.py", "data/speed.py"),
     "soundfile": ("data/audio.py", "corpus/"),
     "soxr": ("data/audio.py", "corpus/"),
     "fsspec": ("data/remote.py",),

@@ -10,9 +10,10 @@ import pytest
 
 from cel_dist.config import Config
 from cel_dist.config_file import dump_config, load_config
-from cel_dist.description import EncoderDescription, ModelDescription, Provenance
+from cel_dist.description import Provenance
 from cel_dist.evaluation import evaluate
 from cel_dist.model import SpeakerModel
+from cel_dist.network import describe
 from cel_dist.training.trainer import initial_encoder
 
 PROJECT = Path(__file__).resolve().parent.parent
@@ -26,10 +27,9 @@ def real_speech(*arguments: object) -> subprocess.CompletedProcess[str]:
 
 
 def model_of(config: Config, step: int) -> SpeakerModel:
-    encoder = EncoderDescription(name=config.encoder.name, embedding_dim=config.encoder.embedding_dim)
     seeded = config.model_copy(update={"train": config.train.model_copy(update={"seed": step})})
     training = Provenance(step=step, epoch=step / 37, utterances=40 * step, versions={"torch": "2.0.0"})
-    return SpeakerModel(initial_encoder(seeded), ModelDescription(encoder=encoder, training=training))
+    return SpeakerModel(initial_encoder(seeded), describe(config, training))
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from cel_dist.config import OptimSection
+from cel_dist.config_sections import OptimSection
 from cel_dist.training.schedule import learning_rate
 
 STEPS_PER_EPOCH, TOTAL = 5, 41

@@ -96,7 +96,7 @@ def add() -> int:
 
     import torch
 
-    from cel_dist.config import EngineSection
+    from cel_dist.config_sections import EngineSection
     from cel_dist.errors import CelError, RunError, exit_code
     from cel_dist.process_group import own_store, process_group
     from cel_dist.train import _is_said_here

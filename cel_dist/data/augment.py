@@ -12,7 +12,7 @@ import torch
 from scipy.fft import next_fast_len
 from torch import Tensor, nn
 
-from cel_dist.config import AugmentSection
+from cel_dist.config_sections import AugmentSection
 from cel_dist.data.bank import Bank
 from cel_dist.data.randomness import Purpose, generator
 from cel_dist.errors import CelError
@@ -54,7 +54,7 @@ class Choices:
 
 
 class Augment(nn.Module):
-    """Turns int16 segments into augmented float32 ones.
+    """Turns segments into augmented float32 ones.
 
     Args:
         config: profile and ranges.
@@ -86,7 +86,7 @@ class Augment(nn.Module):
         """Augment this rank's rows of a global batch.
 
         Args:
-            segments: [B, V, T] int16, on the device to work on.
+            segments: [B, V, T] int16, or float32 on that scale, on the device to work on.
             epoch: epoch of the batch.
             step: step of the batch in its epoch.
             rows: the rows that these segments are of the global batch; the choices of a row depend on its place there,

@@ -1,16 +1,19 @@
 """Random numbers that are a function of where they are used, so that nothing has to be remembered to resume a run."""
 
-from enum import IntEnum
+from enum import IntEnum, unique
 
 import numpy as np
 
 
+@unique
 class Purpose(IntEnum):
     """What a stream of random numbers is for. Two purposes never share numbers."""
 
     ORDER = 1
     SEGMENTS = 2
     AUGMENTATION = 3
+    SPEED = 11
+    MASKS = 12
 
 
 def generator(seed: int, purpose: Purpose, epoch: int, step: int = 0) -> np.random.Generator:

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from cel_dist.encoders.pooling import SelfAttentivePooling
+from cel_dist.encoders.pooling import build_pooling
 from cel_dist.encoders.registry import register_encoder
 
 _CHANNELS = (16, 32, 64, 128)
@@ -52,19 +52,20 @@ class ResidualBlock(nn.Module):
         return torch.relu(y + self.shortcut(x))
 
 
-@register_encoder("fast_resnet34")
+@register_encoder("fast_resnet34", source="Chung et al. 2020, arXiv 2003.11982", pooling="sap")
 class FastResNet34(nn.Module):
     """Fast ResNet-34 with self-attentive pooling (Chung et al. 2020, arXiv 2003.11982; CEL, Mun et al. 2020).
 
-    Features [B, 40, F] to embeddings [B, embedding_dim] that are not normalised. 16-32-64-128 filters,
+    Features [B, M, F] to embeddings [B, embedding_dim] that are not normalised. 16-32-64-128 filters,
     squeeze-and-excitation with reduction 8, a 7x7 stem of stride 2 over the mel bands and 1 over time; 1 437 078
-    parameters with 512 dimensions.
+    parameters with 512 dimensions. The mel bands are averaged in front of the pooling, so that any number of them has
+    the same parameters.
 
     >>> FastResNet34()(torch.randn(2, 40, 182)).shape
     torch.Size([2, 512])
     """
 
-    def __init__(self, embedding_dim: int = 512) -> None:
+    def __init__(self, embedding_dim: int = 512, *, pooling: str = "sap", num_mels: int = 40) -> None:
         super().__init__()
         self.embedding_dim = embedding_dim
         self.stem = nn.Conv2d(1, _CHANNELS[0], 7, stride=(2, 1), padding=3, bias=False)
@@ -76,14 +77,14 @@ class FastResNet34(nn.Module):
             blocks += [ResidualBlock(channels, channels, 1) for _ in range(num_blocks - 1)]
             self.stages.append(nn.Sequential(*blocks))
             in_channels = channels
-        self.pooling = SelfAttentivePooling(in_channels)
-        self.projection = nn.Linear(in_channels, embedding_dim)
+        self.pooling, pooled_channels = build_pooling(pooling, in_channels)
+        self.projection = nn.Linear(pooled_channels, embedding_dim)
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
     def forward(self, features: Tensor) -> Tensor:
-        """Embed features [B, 40, F] as [B, embedding_dim], in the dtype of autocast, else in that of the parameters."""
+        """Embed features [B, M, F] as [B, embedding_dim], in the dtype of autocast, else in that of the parameters."""
         x = self.stem(features.unsqueeze(1))
         # The single input channel leaves the memory format ambiguous, so it is fixed here; everything behind follows.
         # The weights stay contiguous, because DeepSpeed flattens them and their gradients.

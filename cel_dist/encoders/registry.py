@@ -2,35 +2,59 @@
 
 import difflib
 from collections.abc import Callable
-from typing import Protocol, TypeVar
+from typing import NamedTuple, Protocol, TypeVar
 
 from torch import nn
 
+from cel_dist.encoders.pooling import POOLINGS
 from cel_dist.errors import CelError
 
 
 class EncoderFactory(Protocol):
-    """Builds an encoder from features [B, 40, F] to embeddings [B, embedding_dim]."""
+    """Builds an encoder from features [B, M, F] of M mel bands to embeddings [B, embedding_dim]."""
 
-    def __call__(self, embedding_dim: int) -> nn.Module:
+    def __call__(self, embedding_dim: int, *, pooling: str, num_mels: int) -> nn.Module:
         """Build the encoder with freshly drawn weights."""
 
 
+class RegisteredEncoder(NamedTuple):
+    """An encoder that `build_encoder` knows.
+
+    Attributes:
+        name: how a configuration calls it.
+        source: the paper that it is from.
+        pooling: the pooling of that paper, which it has where none is chosen.
+        factory: builds it.
+    """
+
+    name: str
+    source: str
+    pooling: str
+    factory: EncoderFactory
+
+
 _Factory = TypeVar("_Factory", bound=EncoderFactory)
-_ENCODERS: dict[str, EncoderFactory] = {}
+_ENCODERS: dict[str, RegisteredEncoder] = {}
 
 
-def register_encoder(name: str) -> Callable[[_Factory], _Factory]:
+def register_encoder(name: str, *, source: str, pooling: str) -> Callable[[_Factory], _Factory]:
     """Class decorator that makes an encoder known as `name` to `build_encoder`.
 
+    Args:
+        name: how a configuration calls it.
+        source: the paper that it is from, for `cel encoders`.
+        pooling: the pooling that it has where none is chosen.
+
     Raises:
-        ValueError: the name is taken.
+        ValueError: the name is taken, or there is no such pooling.
     """
 
     def register(factory: _Factory) -> _Factory:
         if name in _ENCODERS:
             raise ValueError(f"two encoders are called '{name}'")
-        _ENCODERS[name] = factory
+        if pooling not in POOLINGS:
+            raise ValueError(f"encoder '{name}': there is no pooling '{pooling}'")
+        _ENCODERS[name] = RegisteredEncoder(name, source, pooling, factory)
         return factory
 
     return register
@@ -41,18 +65,42 @@ def encoder_names() -> list[str]:
     return sorted(_ENCODERS)
 
 
-def build_encoder(name: str, embedding_dim: int = 512) -> nn.Module:
-    """A freshly initialised encoder: features [B, 40, F] to embeddings [B, embedding_dim], not normalised.
+def find_encoder(name: str) -> RegisteredEncoder:
+    """What is known of an encoder.
 
     Raises:
-        CelError: no encoder has this name (the nearest one is named), or `embedding_dim` is not positive.
+        CelError: no encoder has this name; the nearest one is named.
     """
     if name not in _ENCODERS:
         valid = encoder_names()
         nearest = difflib.get_close_matches(name, valid, n=1, cutoff=0.0)[0]
         raise CelError(f"unknown encoder '{name}'; did you mean '{nearest}'? Known encoders: {', '.join(valid)}")
+    return _ENCODERS[name]
+
+
+def build_encoder(name: str, embedding_dim: int = 512, *, pooling: str | None = None, num_mels: int = 40) -> nn.Module:
+    """A freshly initialised encoder: features [B, num_mels, F] to embeddings [B, embedding_dim], not normalised.
+
+    Args:
+        name: registered name.
+        embedding_dim: size D of the embedding.
+        pooling: `tap`, `sap`, `stats` or `asp`; None or `default` is that of the encoder's paper.
+        num_mels: mel bands M of the features.
+
+    Raises:
+        CelError: no encoder has this name (the nearest one is named), no pooling has that name, or a size is not
+            positive.
+    """
+    registered = find_encoder(name)
     if embedding_dim < 1:
         raise CelError(
             f"encoder '{name}' cannot have embeddings of size {embedding_dim}; give a positive embedding_dim"
         )
-    return _ENCODERS[name](embedding_dim=embedding_dim)
+    if num_mels < 1:
+        raise CelError(f"encoder '{name}' cannot have features of {num_mels} mel bands; give a positive num_mels")
+    chosen = registered.pooling if pooling in (None, "default") else pooling
+    if chosen not in POOLINGS:
+        raise CelError(
+            f"unknown pooling '{chosen}' of encoder '{name}'; known poolings: default, {', '.join(POOLINGS)}"
+        )
+    return registered.factory(embedding_dim, pooling=chosen, num_mels=num_mels)

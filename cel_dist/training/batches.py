@@ -2,16 +2,18 @@
 
 import logging
 import time
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from cel_dist.config import Config
 from cel_dist.data.augment import Augment
+from cel_dist.data.spec_augment import SpecAugment
+from cel_dist.data.speed import SpeedPerturbation
 from cel_dist.data.stream import SegmentBatch, SegmentStream
 from cel_dist.distributed import World
-from cel_dist.features import LogMel
+from cel_dist.network import describe, front_end
 from cel_dist.training.false_negatives import FalseNegatives
 from cel_dist.training.preflight import Checked
 from cel_dist.training.profile import named
@@ -30,7 +32,7 @@ class TrainBatch(NamedTuple):
         step: step of the batch in its epoch.
         ids: [B] int64 sample ids; with labels the classes of the speakers.
         utterances: [B, V] int64 on the CPU, places in the index.
-        features: [B, V, 40, F].
+        features: [B, V, M, F].
         num_faults: rows whose utterance could not be read, so that another one is in its place.
         waited: seconds spent waiting for the readers.
         false_negatives: their true rate in the global batch; None where speakers are not known, and on ranks other than
@@ -82,7 +84,9 @@ class Batches:
             )
         )
         self._augment = Augment(config.augment, checked.bank, config.train.seed)
-        self._features = LogMel().to(device)
+        self._features = front_end(describe(config)).to(device)
+        self._speed = SpeedPerturbation(config.augment.speeds, config.segment_samples, config.train.seed).to(device)
+        self._masks = SpecAugment(config.augment, config.train.seed)
         self._num_faults = 0
 
     def state_dict(self) -> dict[str, int]:
@@ -109,18 +113,17 @@ class Batches:
             # Without labels the first view's utterance is the row's.
             rate = self.false_negatives.rate(self._plan.batch(batch.epoch, batch.step).utterances[:, 0])
         segments = batch.segments.to(self._device, non_blocking=True)
+        size = self._plan.batch_size
+        place: Any = {"epoch": batch.epoch, "step": batch.step, "rows": self._rows, "batch_size": size}
         with named("augment"):
-            waves = self._augment(
-                segments, epoch=batch.epoch, step=batch.step, rows=self._rows, batch_size=self._plan.batch_size
-            )
+            waves = self._augment(self._speed(segments, **place), **place)
         with named("features"):
             features: Tensor = self._features(waves.flatten(0, 1)).unflatten(0, waves.shape[:2])
+            features = self._masks(features, **place)
         ids = batch.ids.to(self._device)
         if self._num_classes:
-            speeds = self._augment.speeds(
-                epoch=batch.epoch, step=batch.step, rows=self._rows, batch_size=self._plan.batch_size
-            )
-            ids = ids + self._num_classes * speeds.to(ids.device)
+            # The same voice at another speed is that of somebody else.
+            ids = ids + self._num_classes * torch.from_numpy(self._speed.drawn(**place)).to(ids.device)
         return TrainBatch(batch.epoch, batch.step, ids, batch.utterances, features, len(batch.faults), waited, rate)
 
     def close(self) -> None:

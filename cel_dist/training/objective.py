@@ -9,14 +9,13 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from cel_dist.config import Config
-from cel_dist.description import EncoderDescription
-from cel_dist.encoders import build_encoder
 from cel_dist.encoders.batch_norm import with_global_batch_norm
 from cel_dist.losses import EquilibriumLoss, LossOutput
 from cel_dist.losses.batch import EmbeddingsError
-from cel_dist.losses.supervised import AdaCos, ArcFace, ClassificationHead, CosFace, Softmax, SupervisedLoss
 from cel_dist.losses.similarity import SimilarityName
+from cel_dist.losses.supervised import AdaCos, ArcFace, ClassificationHead, CosFace, Softmax, SupervisedLoss
 from cel_dist.model import load_model, load_weights
+from cel_dist.network import describe, new_network, require_same_network
 
 
 class Objective(nn.Module):
@@ -26,7 +25,7 @@ class Objective(nn.Module):
     parameters and takes gradients only there.
 
     Args:
-        encoder: [n, 40, F] to [n, D].
+        encoder: [n, M, F] to [n, D].
         loss: the loss over all ranks.
         views: `separate` passes the views one by one, so that batch norm normalises each by its own statistics, as in
             the published implementation; `joint` passes them together.
@@ -42,7 +41,7 @@ class Objective(nn.Module):
         """One step of the objective.
 
         Args:
-            step: `whole` takes features [B, V, 40, F] and ids, or classes, [B] or None to a LossOutput; `embed` takes
+            step: `whole` takes features [B, V, M, F] and ids, or classes, [B] or None to a LossOutput; `embed` takes
                 features to embeddings [B, V, D]; `compare` takes embeddings and ids to a LossOutput; `pull` takes
                 features and gradients [B, V, D] at their embeddings to a scalar whose gradient is that of the loss.
             inputs: what the step takes.
@@ -157,18 +156,19 @@ def new_encoder(config: Config) -> nn.Module:
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.train.seed)
-        return build_encoder(config.encoder.name, embedding_dim=config.encoder.embedding_dim)
+        return new_network(describe(config))
 
 
 def initial_encoder(config: Config) -> nn.Module:
     """The encoder with which a run starts: `new_encoder`, with the weights of `encoder.init` if that is set.
 
     Raises:
-        CelError: the encoder is unknown, or `encoder.init` is no model or one of another encoder.
+        CelError: the encoder is unknown, or `encoder.init` is no model or one of another encoder, pooling or front end.
     """
     encoder = new_encoder(config)
     if config.encoder.init:
-        description = EncoderDescription(name=config.encoder.name, embedding_dim=config.encoder.embedding_dim)
-        state = load_model(config.encoder.init, "cpu").encoder.state_dict()
-        load_weights(encoder, state, description, config.encoder.init)
+        description, source = describe(config), f"encoder.init={config.encoder.init}"
+        model = load_model(config.encoder.init, "cpu")
+        require_same_network(model.description, description, source)
+        load_weights(encoder, model.encoder.state_dict(), description.encoder, source)
     return encoder

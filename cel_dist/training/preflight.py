@@ -94,7 +94,7 @@ def _plan(config: Config, index: Index) -> tuple[BatchPlan, tuple[str, ...]]:
     if not labels.use:
         plan = Plan(
             index,
-            segment_samples=config.segment_samples,
+            segment_samples=config.read_samples,
             batch_size=config.train.batch_size,
             short=data.short,
             seed=config.train.seed,
@@ -104,7 +104,7 @@ def _plan(config: Config, index: Index) -> tuple[BatchPlan, tuple[str, ...]]:
         return plan, ()
     of_speakers = SpeakerPlan(
         index,
-        segment_samples=config.segment_samples,
+        segment_samples=config.read_samples,
         speakers_per_batch=config.rows,
         utterances_per_speaker=labels.utterances,
         max_segments=labels.max_segments,

@@ -2,7 +2,8 @@
 
 import math
 
-from cel_dist.config import Config, HeadSection, OptimSection
+from cel_dist.config import Config
+from cel_dist.config_sections import HeadSection, OptimSection
 
 
 def num_steps(config: Config, steps_per_epoch: int) -> int:

@@ -47,6 +47,8 @@ _FREE = (
 _FIXED = (
     "encoder.name",
     "encoder.embedding_dim",
+    "encoder.pooling",
+    "features.num_mels",
     "head.sub_centres",
     "head.weights",
     "labels.speeds_are_speakers",

@@ -10,13 +10,14 @@ import torch
 from torch import nn
 
 from cel_dist.config import Config
-from cel_dist.description import EncoderDescription, ModelDescription, Provenance
+from cel_dist.description import Provenance
 from cel_dist.distributed import World
 from cel_dist.engine import Engine
 from cel_dist.errors import RunError
 from cel_dist.evaluation import Evaluation, evaluate
 from cel_dist.evaluation.embed import raised_together
 from cel_dist.model import SpeakerModel
+from cel_dist.network import describe
 from cel_dist.training.checkpoint import TrainState
 from cel_dist.training.objective import new_encoder
 
@@ -47,17 +48,14 @@ class Validation:
         """A plain copy of the encoder as it is after `step`; the next call overwrites it."""
         self._encoder.load_state_dict(engine.encoder_state())
         config = self._config
-        description = ModelDescription(
-            encoder=EncoderDescription(name=config.encoder.name, embedding_dim=config.encoder.embedding_dim),
-            training=Provenance(
-                config=config.model_dump(mode="json"),
-                step=step,
-                epoch=step / self._steps_per_epoch,
-                utterances=step * config.train.batch_size,
-                versions=VERSIONS,
-            ),
+        training = Provenance(
+            config=config.model_dump(mode="json"),
+            step=step,
+            epoch=step / self._steps_per_epoch,
+            utterances=step * config.train.batch_size,
+            versions=VERSIONS,
         )
-        return SpeakerModel(self._encoder, description)
+        return SpeakerModel(self._encoder, describe(config, training))
 
     def evaluate(self, engine: Engine, state: TrainState) -> Evaluation | None:
         """Evaluate on the validation list, and note the outcome in `state`; `keep_best` is to follow.

@@ -1,0 +1,78 @@
+"""Speed perturbation on the training device: utterances played faster or slower, a whole batch at once.
+
+Ko et al. 2015, Audio augmentation for speech recognition. At speed s, y(t) = x(s t): tempo and pitch change together,
+so that a voice at another speed counts as another voice. That is why all segments of an utterance share one speed.
+"""
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+
+from cel_dist.data.randomness import Purpose, generator
+
+_HUNDREDTHS = 100
+
+
+class SpeedPerturbation(nn.Module):
+    """Brings segments to one length by playing each utterance at one of some speeds.
+
+    A segment is read as long as the highest speed takes it (`Config.read_samples`); at a lower one its end is left out.
+
+    Args:
+        speeds: factors with two decimals at most; 1.0 leaves an utterance as it is.
+        num_samples: samples T of a segment afterwards.
+        seed: seed of the choices.
+    """
+
+    def __init__(self, speeds: tuple[float, ...], num_samples: int, seed: int) -> None:
+        super().__init__()
+        # Not above, because whoever asks for the choices alone need not load it.
+        from torchaudio.transforms import Resample
+
+        self.speeds = speeds
+        self._num_samples = num_samples
+        self._seed = seed
+        self._hundredths = [round(_HUNDREDTHS * speed) for speed in speeds]
+        # What is to be played at speed s is resampled as if its rate were s times the true one.
+        self._resample = nn.ModuleList(Resample(speed, _HUNDREDTHS) for speed in self._hundredths)
+
+    def drawn(self, *, epoch: int, step: int, rows: slice, batch_size: int) -> npt.NDArray[np.int64]:
+        """Which speed each row of this rank has: [B] int64, places in `speeds`, a function of (seed, epoch, step).
+
+        Args:
+            epoch: epoch of the batch.
+            step: step of the batch in its epoch.
+            rows: the rows of the global batch that are wanted.
+            batch_size: rows K of the global batch.
+        """
+        whole = generator(self._seed, Purpose.SPEED, epoch, step).integers(len(self.speeds), size=batch_size)
+        chosen: npt.NDArray[np.int64] = whole[rows]
+        return chosen
+
+    def forward(self, segments: Tensor, *, epoch: int, step: int, rows: slice, batch_size: int) -> Tensor:
+        """Play this rank's rows of a global batch at their speeds.
+
+        Args:
+            segments: [B, V, R] int16 or float, R samples as `Config.read_samples` says.
+            epoch: epoch of the batch.
+            step: step of the batch in its epoch.
+            rows: the rows that these segments are of the global batch.
+            batch_size: rows K of the global batch.
+
+        Returns:
+            [B, V, T]; with the one speed 1.0 as it came, else float32.
+        """
+        if self._hundredths == [_HUNDREDTHS]:
+            return segments[..., : self._num_samples]
+        chosen = torch.from_numpy(self.drawn(epoch=epoch, step=step, rows=rows, batch_size=batch_size))
+        played = segments.new_empty((*segments.shape[:2], self._num_samples), dtype=torch.float32)
+        for number, hundredths in enumerate(self._hundredths):
+            index = torch.nonzero(chosen == number).flatten().to(segments.device)
+            if len(index) == 0:
+                continue
+            # So many that the last sample that is kept is one of the utterance.
+            needed = -(-self._num_samples * hundredths // _HUNDREDTHS)
+            wave = segments[index, :, :needed].to(torch.float32)
+            played[index] = self._resample[number](wave)[..., : self._num_samples]
+        return played
