@@ -25,7 +25,7 @@ IMPORTED_ONLY_BY = {
     "soxr": ("data/audio.py", "corpus/"),
     "fsspec": ("data/remote.py",),
     "aiohttp": ("data/remote.py",),
-    "safetensors": ("model.py",),
+    "safetensors": ("model.py", "training/classes.py"),
     "matplotlib": ("evaluation/plots.py",),
     "jinja2": ("report.py",),
     "espeakng_loader": ("corpus/",),
@@ -37,7 +37,8 @@ IMPORTED_ONLY_BY = {
 # Room -> the rooms of cel_dist that it may import, besides itself.
 MAY_KNOW = {
     "errors": set(),
-    "config": {"errors"},
+    "config": {"errors", "config_sections"},
+    "config_sections": set(),
     "distributed": {"errors"},
     "features": {"errors"},
     "random_state": set(),
@@ -47,7 +48,7 @@ MAY_KNOW = {
     "losses": {"errors", "distributed"},
     "published": {"errors", "encoders"},
     "watch": {"errors", "distributed"},
-    "process_group": {"errors", "config", "distributed", "watch"},
+    "process_group": {"errors", "config", "config_sections", "distributed", "watch"},
 }
 
 
