@@ -96,14 +96,12 @@ def test_every_encoder_learns_with_every_pooling(name: str, pooling: str) -> Non
     torch.manual_seed(0)
     num_mels = 80 if pooling in ("tap", "asp") else 40
     encoder = build_encoder(name, 8, pooling=pooling, num_mels=num_mels).train()
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        embeddings = encoder(torch.randn(2, num_mels, 16))
+    embeddings = encoder(torch.randn(2, num_mels, 16))
     assert embeddings.shape == (2, 8)
-    (embeddings.float() * torch.randn(2, 8)).sum().backward()
+    (embeddings * torch.randn(2, 8)).sum().backward()
     for parameter_name, parameter in encoder.named_parameters():
         assert parameter.grad is not None, parameter_name
         assert torch.isfinite(parameter.grad).all(), parameter_name
-    assert {parameter.dtype for parameter in encoder.parameters()} == {torch.float32}
 
 
 def test_the_default_pooling_is_that_of_the_paper_and_another_one_another_network() -> None:
@@ -168,10 +166,14 @@ def test_activations_are_channels_last_and_weights_contiguous() -> None:
     assert all(parameter.grad.is_contiguous() for parameter in encoder.parameters())
 
 
-def test_autocast_keeps_parameters_fp32_and_gives_bf16_embeddings() -> None:
-    encoder = build_encoder("fast_resnet34", embedding_dim=8).eval()
+@pytest.mark.parametrize("name", [name for name in encoder_names() if name != "ecapa_tdnn_1024"])
+def test_autocast_keeps_parameters_fp32_and_gives_bf16_embeddings(name: str) -> None:
+    torch.manual_seed(0)
+    encoder = build_encoder(name, embedding_dim=8)
     features = torch.randn(2, 40, 20)
     with torch.no_grad():
+        encoder(torch.randn(2, 40, 40))
+        encoder.eval()
         exact = encoder(features)
         with torch.autocast("cpu", dtype=torch.bfloat16):
             rounded = encoder(features)
