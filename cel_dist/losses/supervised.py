@@ -5,9 +5,9 @@ For an embedding x of speaker y, class weights w_j, and cos_j the cosine between
     Softmax    logits <x, w_j> + b_j
     CosFace    logits s (cos_j - m [j = y])                        Wang et al. 2018, arXiv 1801.09414, equation 4
     ArcFace    logits s cos(theta_j + m [j = y])                   Deng et al. 2019, arXiv 1801.07698, equation 3
-    AdaCos     logits s cos_j, s following the batch               Zhang et al. 2019, arXiv 1905.00292, equations 11, 12
+    AdaCos     logits s cos_j, s following the batch               Zhang et al. 2019, arXiv 1905.00292, section 4.2
 
-With k sub-centres a class, cos_j is the largest of the k cosines (Deng et al. 2020, "Sub-center ArcFace", equation 2).
+With k sub-centres a class, cos_j is the largest of the k cosines (Deng et al. 2020, "Sub-center ArcFace", ECCV).
 """
 
 import math
