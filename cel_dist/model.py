@@ -9,10 +9,10 @@ A model folder holds two files and no pickles:
 import os
 import secrets
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import numpy as np
 import torch
@@ -23,7 +23,6 @@ from safetensors.torch import save as to_safetensors
 from torch import Tensor, nn
 from torch.nn import functional
 
-from cel_dist.data.audio import AudioError, read_audio, require_usable
 from cel_dist.description import (
     DESCRIPTION_FILE,
     Calibration,
@@ -33,9 +32,11 @@ from cel_dist.description import (
     read_description,
 )
 from cel_dist.errors import CelError, RunError
-from cel_dist.features import segment_samples
+from cel_dist.features import SAMPLE_RATE
 from cel_dist.network import front_end, new_network
 from cel_dist.published import read_published
+from cel_dist.utterance import MAX_WHOLE_SECONDS, Audio, name_of, segments
+from cel_dist.utterance import windows as cut_windows
 
 __all__ = [
     "Calibration",
@@ -50,12 +51,8 @@ __all__ = [
 ]
 
 Embeddings: TypeAlias = NDArray[np.float32]
-Audio: TypeAlias = str | os.PathLike[str] | NDArray[Any] | Tensor
 
 WEIGHTS_FILE = "encoder.safetensors"
-
-MIN_SAMPLES = 1600
-"""Shortest waveform that is embedded: 0.1 s. Less than that says nothing about a voice."""
 
 
 @dataclass(frozen=True)
@@ -84,11 +81,13 @@ class SpeakerModel:
     def embed(self, audio: Audio | list[Audio] | tuple[Audio, ...]) -> Embeddings:
         """Unit embedding of a whole utterance [D], or of each utterance of a list or tuple [N, D]; float32.
 
-        Utterances pass the encoder one by one, because padding to a common length would change the embedding.
+        Utterances pass the encoder one by one, because padding to a common length would change the embedding. One that
+        is longer than `MAX_WHOLE_SECONDS` does so in segments of that length (see `utterance.segments`); its embedding
+        is the mean of theirs, again of unit length.
 
         Args:
-            audio: path of an audio file; or a waveform [T] at 16 kHz, numpy or torch, either int16 or floating point
-                with full scale 1.0 (it is multiplied by 32768); or a list of these.
+            audio: path of an audio file, or a part of one; or a waveform [T] at 16 kHz, numpy or torch, either int16 or
+                floating point with full scale 1.0 (it is multiplied by 32768); or a list of these.
 
         Raises:
             CelError: the file cannot be read; the waveform has another shape or type, is shorter than 0.1 s, silent or
@@ -98,8 +97,8 @@ class SpeakerModel:
         if isinstance(audio, (list, tuple)):
             rows = [self.embed(utterance) for utterance in audio]
             return np.stack(rows) if rows else np.empty((0, self.description.encoder.embedding_dim), np.float32)
-        row: Embeddings = self._encode(_waveform(audio)[None], audio)[0]
-        return row
+        pieces = segments(audio, round(MAX_WHOLE_SECONDS * SAMPLE_RATE))
+        return mean_embedding(np.concatenate([self.encode(piece[None], [name_of(audio)]) for piece in pieces]))
 
     def embed_windows(self, audio: Audio, frames: int, windows: int) -> Embeddings:
         """Unit embeddings [windows, D] of evenly spaced, overlapping windows of one utterance, as published.
@@ -115,10 +114,30 @@ class SpeakerModel:
         Raises:
             CelError: as for `embed`, or `frames` or `windows` is below 1.
         """
-        if frames < 1 or windows < 1:
-            raise CelError(f"frames={frames} and windows={windows}; windows need at least one frame, and one of them")
-        cut = _cut_windows(_waveform(audio), frames, windows)
-        return self._encode(cut, audio)
+        cut = cut_windows(audio, frames, windows)
+        return self.encode(cut, [name_of(audio)] * windows)
+
+    def encode(self, waves: Tensor, names: Sequence[str]) -> Embeddings:
+        """Unit embeddings [B, D] of waveforms of equal length, in one pass of the encoder.
+
+        Args:
+            waves: [B, T] samples at 16 kHz on int16 scale, any real dtype.
+            names: what each is called in an error.
+
+        Raises:
+            RunError: the encoder's output is not finite; the first waveform of which it is not is named.
+        """
+        # Scores must not depend on the device's shortcuts (TF32) or on an autocast region around the caller; benchmark
+        # mode would search for new kernels at each new length.
+        exact = torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False)
+        with torch.inference_mode(), torch.autocast(self.device.type, enabled=False), exact:
+            features = self._features(waves.to(self.device).float())
+            rows: Embeddings = functional.normalize(self.encoder(features).float(), dim=-1).cpu().numpy()
+        finite = np.isfinite(rows).all(axis=1)
+        if not finite.all():
+            name = names[int(np.argmin(finite))]
+            raise RunError(f"the encoder's output for {name} is not finite; its training has diverged")
+        return rows
 
     def score(self, a: Audio, b: Audio) -> float:
         """Similarity of two utterances: minus the Euclidean distance of their unit embeddings, in [-2, 0].
@@ -220,17 +239,15 @@ class SpeakerModel:
             is_embedding = False
         return vector if is_embedding else self.embed(audio)
 
-    def _encode(self, waves: Tensor, audio: Audio) -> Embeddings:
-        # Scores must not depend on the device's shortcuts (TF32) or on an autocast region around the caller; benchmark
-        # mode would search for new kernels at each new length.
-        exact = torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False)
-        with torch.inference_mode(), torch.autocast(self.device.type, enabled=False), exact:
-            features = self._features(waves.to(self.device).float())
-            rows = functional.normalize(self.encoder(features).float(), dim=-1).cpu().numpy()
-        if not np.isfinite(rows).all():
-            raise RunError(f"the encoder's output for {_name(audio)} is not finite; its training has diverged")
-        result: Embeddings = rows
-        return result
+
+def mean_embedding(rows: Embeddings) -> Embeddings:
+    """The mean of unit embeddings [n, D] of one voice, again of unit length [D]; one row comes back as it is."""
+    if len(rows) == 1:
+        only: Embeddings = rows[0]
+        return only
+    mean = rows.mean(axis=0, dtype=np.float64)
+    unit: Embeddings = (mean / np.linalg.norm(mean)).astype(np.float32)
+    return unit
 
 
 def load_model(source: str | os.PathLike[str], device: str | torch.device | None = None) -> SpeakerModel:
@@ -320,57 +337,3 @@ def _refuse_other_content(folder: Path) -> None:
     others = sorted(entry.name for entry in folder.iterdir() if entry.name not in (WEIGHTS_FILE, DESCRIPTION_FILE))
     if others:
         raise CelError(f"{folder} holds other files than a model (first {others[0]}); give a new folder for the model")
-
-
-def _waveform(audio: Audio) -> Tensor:
-    """The utterance [T] on int16 scale, int16 or float32."""
-    samples: NDArray[Any]
-    name = _name(audio)
-    if isinstance(audio, (str, os.PathLike)):
-        samples = _read(Path(audio))
-    elif isinstance(audio, Tensor):
-        samples = audio.detach().cpu().numpy()
-    elif isinstance(audio, np.ndarray):
-        samples = audio
-    else:
-        raise CelError(f"cannot embed a {type(audio).__name__}; give a path, a waveform [T] or a list of them")
-    if samples.ndim != 1:
-        raise CelError(
-            f"{name} has shape {list(samples.shape)}; give one channel [T], and several utterances as a list"
-        )
-    if samples.dtype.kind == "f":
-        samples = samples.astype(np.float32) * np.float32(32768)
-        if not np.isfinite(samples).all():
-            raise CelError(f"{name} holds values that are not finite; check how it was made")
-    elif samples.dtype != np.int16:
-        raise CelError(f"{name} holds {samples.dtype}; give int16, or floating point with full scale 1.0")
-    try:
-        require_usable(samples, MIN_SAMPLES)
-    except AudioError as error:
-        raise CelError(f"{name} cannot be embedded ({error}); leave it out or record it again") from None
-    return torch.from_numpy(np.ascontiguousarray(samples))
-
-
-def _read(path: Path) -> NDArray[np.int16]:
-    if not path.is_file():
-        raise CelError(f"there is no audio file {path}; check the path")
-    try:
-        return read_audio(path)
-    except AudioError as error:
-        raise CelError(
-            f"{path} cannot be read as audio ({error}); convert it to WAV or FLAC, or leave it out"
-        ) from None
-
-
-def _cut_windows(wave: Tensor, frames: int, windows: int) -> Tensor:
-    length = segment_samples(frames)
-    if len(wave) < length:
-        # One sample more than needed when the shortage is odd: the published loader rounds up on both sides.
-        half = (length - len(wave) + 1) // 2
-        wave = functional.pad(wave, (half, half))
-    starts = np.linspace(0, len(wave) - length, num=windows).astype(np.int64)
-    return torch.stack([wave[start : start + length] for start in starts])
-
-
-def _name(audio: Audio) -> str:
-    return str(audio) if isinstance(audio, (str, os.PathLike)) else "the waveform"

@@ -117,6 +117,60 @@ def test_windows_change_the_scores(cel, folder):
     assert one != four
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("--segment-seconds", 0.2),
+        ("--frames", 20, "--windows", 3, "--windows-as", "embedding"),
+    ],
+)
+def test_the_way_of_cutting_changes_the_scores(cel, folder, arguments):
+    base = arguments[:-2] if "--frames" in arguments else ()
+    plain = outcome(cel(*EVALUATE, "--json", *base))
+    cut = outcome(cel(*EVALUATE, "--json", *arguments))
+    assert plain["threshold"] != cut["threshold"]
+    with np.load(cut["embeddings"]) as arrays:
+        assert arrays["embeddings"].shape == (3, 16)
+
+
+def test_smaller_batches_leave_the_scores(cel, folder):
+    cut = (*EVALUATE, "--json", "--segment-seconds", 0.1)
+    assert outcome(cel(*cut))["threshold"] == pytest.approx(
+        outcome(cel(*cut, "--batch-seconds", 0.1))["threshold"], abs=1e-6
+    )
+
+
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        ("1 a.wav b.wav\n0 a.wav x.wav\n0 y.wav a.wav\n", "2 of 4 audio files are missing under audio, the first is x"),
+        ("1 a.wav b.wav\n1 a.wav c.wav\n", "all 2 trials of trials.txt (line 1 and on) are target trials"),
+        ("1 a.wav b.wav\n0 a.wav c.wav\n0 a.wav b.wav\n", "line 3: the pair of line 1 with the other label"),
+        ("1 a.wav b.wav\n0 a.wav\n", "trials.txt, line 2: 2 columns instead of 3"),
+        # Six columns in two lines, but not three in each.
+        ("1 a.wav\n0 a.wav b.wav 1\n", "trials.txt, line 1: 2 columns instead of 3"),
+        ("1 a.wav b.wav\n0 a b.wav c.wav\n", "line 2: 4 columns instead of 3; write 'label enrol test'"),
+        ("1 a.wav b.wav\n0\ta b.wav\tc.wav\n", "the first is a b.wav"),
+        ("same a.wav b.wav\n", "line 1: no label in 'same a.wav b.wav'"),
+        ("\r\n \r\n", "trials.txt holds no trials"),
+        (b"RIFF\xff\xfe", "trials.txt is not UTF-8 text"),
+    ],
+)
+def test_malformed_lists_are_one_line_and_exit_code_two(cel, folder, lines, message):
+    Path("trials.txt").write_bytes(lines if isinstance(lines, bytes) else lines.encode())
+    assert message in refusal(cel(*EVALUATE))
+    assert not Path("evaluation").exists()
+
+
+def test_windows_line_ends_a_byte_order_mark_and_repeated_trials_are_read(cel, folder, caplog):
+    plain = outcome(cel(*EVALUATE, "--json"))
+    Path("trials.txt").write_bytes(b"\xef\xbb\xbf1 a.wav b.wav\r\n\r\n0 a.wav c.wav\r\n0 a.wav c.wav")
+    code, out, _ = cel(*EVALUATE, "--json")
+    assert code == 0
+    assert (json.loads(out)["trials"], json.loads(out)["threshold"]) == (3, plain["threshold"])
+    assert "1 trials repeat an earlier one (first: line 4 repeats line 3)" in caplog.text
+
+
 def test_verify_without_threshold_says_how_to_get_one_and_then_decides(cel, folder):
     pair = ("audio/a.wav", "audio/b.wav")
     undecided = outcome(cel("verify", "--model", "model", *pair, "--json"))
@@ -181,6 +235,12 @@ def test_embed_writes_names_and_unit_rows(cel, folder):
         ((*EVALUATE, "--calibrate", "trials.txt"), "trials.txt is a file"),
         (("embed", "--model", "model", "audio", "--out", "audio"), "audio is a folder"),
         ((*EVALUATE, "--frames", "20", "--calibrate", "new"), "leave out --frames"),
+        ((*EVALUATE, "--segment-seconds", "5", "--calibrate", "new"), "leave out --segment-seconds"),
+        ((*EVALUATE, "--segment-seconds", "0"), "segment_seconds=0.0; give at least 0.1 s"),
+        ((*EVALUATE, "--batch-seconds", "0"), "batch_seconds=0.0; give more than 0 s"),
+        ((*EVALUATE, "--frames", "20", "--windows-as", "mean"), "windows_as=mean; give scores or embedding"),
+        ((*EVALUATE, "--protocol", "voxceleb1-o", "--enrol", "x"), "leave out --enrol"),
+        (("evaluate", "--model", "model", "--root", "audio"), "nothing to score: give --trials FILE, or --protocol"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_two(cel, folder, arguments, message):

@@ -2,12 +2,15 @@
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from cel_dist.cli.app import JsonOption, app, emit
 from cel_dist.cli.progress import progress_bar
+
+if TYPE_CHECKING:
+    from cel_dist.evaluation.trials import Trials
 
 ModelOption = Annotated[
     str,
@@ -22,17 +25,52 @@ ModelOption = Annotated[
 )
 def evaluate(
     model: ModelOption,
-    trials: Annotated[
-        Path, typer.Option(help="Trials file: lines 'label enrol test' (1 or 0), or 'enrol test target|nontarget'.")
+    root: Annotated[
+        Path, typer.Option(help="Folder to which the paths in the lists are relative; the corpus of a --protocol.")
     ],
-    root: Annotated[Path, typer.Option(help="Folder to which the paths in the trials file are relative.")],
+    trials: Annotated[
+        Path | None,
+        typer.Option(help="Trials file: lines 'label enrol test' (1 or 0), or 'enrol test target|nontarget'."),
+    ] = None,
+    protocol: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="Public evaluation whose lists are found below --root, such as voxceleb1-o-cleaned, voices2019-dev or "
+            "sitw-eval-core-core; any other name lists all.",
+        ),
+    ] = None,
+    enrol: Annotated[
+        Path | None,
+        typer.Option(
+            help="List of models, which the trials then name instead of enrolment files: lines 'model file', or 'model "
+            "file start end' in seconds. A model on several lines is the mean of them."
+        ),
+    ] = None,
     frames: Annotated[
         int, typer.Option(help="0 scores whole utterances; else windows of so many frames of 10 ms, 16 or more.")
     ] = 0,
     windows: Annotated[int, typer.Option(help="Windows an utterance; only with --frames.")] = 10,
+    windows_as: Annotated[
+        str,
+        typer.Option(
+            metavar="scores|embedding",
+            help="Whether a trial has the mean score of its pairs of windows, or an utterance the mean of its windows.",
+        ),
+    ] = "scores",
+    segment_seconds: Annotated[
+        float,
+        typer.Option(help="Longer utterances are the mean of segments of so many seconds; without --frames."),
+    ] = 120.0,
+    batch_seconds: Annotated[
+        float,
+        typer.Option(help="Seconds of audio that pass the encoder at once, where segments or files are equally long."),
+    ] = 120.0,
     out: Annotated[
         Path | None,
-        typer.Option(help="Folder for scores.txt, det.png and scores.png.", show_default="evaluation/TRIALS"),
+        typer.Option(
+            help="Folder for scores.txt, det.png and scores.png.", show_default="evaluation/TRIALS or /PROTOCOL"
+        ),
     ] = None,
     calibrate: Annotated[
         Path | None,
@@ -47,16 +85,33 @@ def evaluate(
     from cel_dist.data.files import require_folder_or_nothing
     from cel_dist.errors import CelError
     from cel_dist.evaluation import evaluate as run_evaluation
+    from cel_dist.evaluation.cutting import Cutting
     from cel_dist.model import load_model
+    from cel_dist.utterance import MAX_WHOLE_SECONDS
+
+    Cutting(frames, windows, windows_as, segment_seconds, batch_seconds)
 
     if calibrate and frames:
         raise CelError("--calibrate is for whole utterances, which 'cel verify' compares; leave out --frames")
-    out = out or Path("evaluation") / trials.stem
+    if calibrate and segment_seconds != MAX_WHOLE_SECONDS:
+        raise CelError("--calibrate is for utterances as 'cel verify' compares them; leave out --segment-seconds")
+    out = out or Path("evaluation") / (protocol.lower() if protocol else trials.stem if trials else "")
     for folder in filter(None, (out, calibrate)):
         require_folder_or_nothing(folder)
+    listed = _listed_trials(protocol, trials, enrol, root)
     loaded = load_model(model)
     with progress_bar("Embedding") as progress:
-        result = run_evaluation(loaded, trials, root, frames=frames, windows=windows, progress=progress)
+        result = run_evaluation(
+            loaded,
+            listed,
+            root,
+            frames=frames,
+            windows=windows,
+            windows_as=windows_as,
+            segment_seconds=segment_seconds,
+            batch_seconds=batch_seconds,
+            progress=progress,
+        )
     paths = result.write(out)
     if calibrate:
         loaded.calibrate(result.threshold, result.calibration).save(calibrate)
@@ -67,9 +122,26 @@ def evaluate(
         *([f"calibrated model: {calibrate}"] if calibrate else []),
     ]
     values = {**result.summary(), **{kind: str(path) for kind, path in paths.items()}}
+    if protocol:
+        values["protocol"] = protocol.lower()
     if calibrate:
         values["calibrated_model"] = str(calibrate)
     emit(values, "\n".join(text), as_json=as_json)
+
+
+def _listed_trials(protocol: str | None, trials: Path | None, enrol: Path | None, root: Path) -> "Trials":
+    from cel_dist.errors import CelError
+    from cel_dist.evaluation.enrolment import Enrolment
+    from cel_dist.evaluation.protocols import read_protocol
+    from cel_dist.evaluation.trials import Trials
+
+    if protocol is None and trials is None:
+        raise CelError("nothing to score: give --trials FILE, or --protocol NAME for a public evaluation")
+    if protocol is not None:
+        if enrol is not None:
+            raise CelError("--protocol finds its own list of models; leave out --enrol")
+        return read_protocol(protocol, root, trials)
+    return Trials.read(str(trials), enrolment=None if enrol is None else Enrolment.read(enrol))
 
 
 @app.command(epilog="Example: cel embed --model runs/cel corpus/eval --out embeddings.npz")

@@ -62,23 +62,32 @@ def read_audio(source: Path | bytes, sample_rate: int = SAMPLE_RATE) -> npt.NDAr
     Raises:
         AudioError: `unreadable`, `non_finite` or `empty`.
     """
-    try:
-        if isinstance(source, Path) and needs_ffmpeg(source):
-            with decoded(source) as stream:
-                blocks = list(_converted_blocks(stream.read, stream.rate_hz, stream.channels, sample_rate))
-        else:
-            # As bytes: soundfile cannot encode the name of a file that is not UTF-8.
-            with soundfile.SoundFile(os.fsencode(source) if isinstance(source, Path) else io.BytesIO(source)) as file:
-                read = partial(file.read, dtype="float32", always_2d=True)
-                blocks = list(_converted_blocks(read, file.samplerate, file.channels, sample_rate))
-    except FFmpegError as error:
-        raise AudioError("unreadable", str(error)) from None
-    except (soundfile.SoundFileError, OSError, ValueError, TypeError) as error:
-        raise AudioError("unreadable", getattr(error, "error_string", None) or str(error)) from None
+    blocks = list(audio_blocks(source, sample_rate))
     samples = np.concatenate(blocks) if blocks else np.zeros(0, np.int16)
     if len(samples) == 0:
         raise AudioError("empty", "no samples")
     return samples
+
+
+def audio_blocks(source: Path | bytes, sample_rate: int = SAMPLE_RATE) -> Iterator[npt.NDArray[np.int16]]:
+    """What `read_audio` returns, block by block, int16 `[n]` each: audio of any length in the memory of a block.
+
+    Raises:
+        AudioError: `unreadable` or `non_finite`, when the block at fault is asked for.
+    """
+    try:
+        if isinstance(source, Path) and needs_ffmpeg(source):
+            with decoded(source) as stream:
+                yield from _converted_blocks(stream.read, stream.rate_hz, stream.channels, sample_rate)
+        else:
+            # As bytes: soundfile cannot encode the name of a file that is not UTF-8.
+            with soundfile.SoundFile(os.fsencode(source) if isinstance(source, Path) else io.BytesIO(source)) as file:
+                read = partial(file.read, dtype="float32", always_2d=True)
+                yield from _converted_blocks(read, file.samplerate, file.channels, sample_rate)
+    except FFmpegError as error:
+        raise AudioError("unreadable", str(error)) from None
+    except (soundfile.SoundFileError, OSError, ValueError, TypeError) as error:
+        raise AudioError("unreadable", getattr(error, "error_string", None) or str(error)) from None
 
 
 def _converted_blocks(

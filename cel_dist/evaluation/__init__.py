@@ -1,7 +1,7 @@
 """How well a model tells voices apart: trials, embeddings over the ranks, scores, error rates, pictures."""
 
 from cel_dist.evaluation.calibration import fit_calibration
-from cel_dist.evaluation.embed import embed_files, write_embeddings
+from cel_dist.evaluation.embed import embed_files, embed_trials, write_embeddings
 from cel_dist.evaluation.evaluate import Evaluation, evaluate
 from cel_dist.evaluation.scoring import score_trials
 from cel_dist.evaluation.trials import Trials
@@ -10,6 +10,7 @@ __all__ = [
     "Evaluation",
     "Trials",
     "embed_files",
+    "embed_trials",
     "evaluate",
     "fit_calibration",
     "score_trials",

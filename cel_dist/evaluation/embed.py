@@ -15,67 +15,143 @@ from cel_dist.data.audio import AUDIO_SUFFIXES
 from cel_dist.data.files import atomic_write
 from cel_dist.distributed import World
 from cel_dist.errors import CelError, RunError
-from cel_dist.model import SpeakerModel
+from cel_dist.evaluation.batches import PieceBatches
+from cel_dist.evaluation.cutting import BATCH_SECONDS, Cutting
+from cel_dist.evaluation.trials import Trials
+from cel_dist.model import SpeakerModel, mean_embedding
+from cel_dist.utterance import MAX_WHOLE_SECONDS, Excerpt, name_of
 
 Progress: TypeAlias = Callable[[int, int], None]
 """Called with the utterances done and to do, both of this rank."""
+
+# Utterances of a group, and groups of a list at least, so that ranks finish together.
+_GROUP_FILES = 32
+_MIN_GROUPS = 64
 
 
 def embed_files(
     model: SpeakerModel,
     root: str | os.PathLike[str],
-    files: Sequence[str],
+    files: Sequence[str | Excerpt],
     *,
     frames: int = 0,
     windows: int = 10,
+    windows_as: str = "scores",
+    segment_seconds: float = MAX_WHOLE_SECONDS,
+    batch_seconds: float = BATCH_SECONDS,
     world: World | None = None,
     progress: Progress | None = None,
 ) -> NDArray[np.float32]:
     """Unit embeddings of `files`, the same on every rank and the same for every number of ranks.
 
-    Every utterance is embedded by one rank. The longest come first, dealt out in turn, so that ranks finish together.
+    Every utterance is embedded by one rank. They are dealt out in groups that depend on the list alone, the longest
+    first, so that ranks finish together; pieces of a group that are equally long share a pass of the encoder. Memory
+    does not grow with the length of a file.
+
     With more than one rank the default process group must be running, and every rank must call this.
 
     Args:
         model: on this rank's device.
         root: folder to which `files` are relative.
-        files: unique paths.
+        files: unique paths, or parts of files.
         frames: 0 for whole utterances, else the frames of a window.
         windows: windows an utterance; without effect on whole utterances.
+        windows_as: `scores` to keep each window, `embedding` for their mean.
+        segment_seconds: whole utterances that are longer are the mean of segments of this length.
+        batch_seconds: audio that passes the encoder at once, where pieces are equally long.
         world: this rank's place in the job. Default: one process.
         progress: told after each utterance.
 
     Returns:
-        float32 [N, D] for whole utterances, [N, windows, D] for windows, in the order of `files`.
+        float32 [N, D], or [N, windows, D] for windows that are kept, in the order of `files`.
 
     Raises:
-        CelError: files are missing (how many and the first), or one cannot be embedded. All ranks raise.
+        CelError: a setting is out of range, files are missing (how many and the first), or one cannot be embedded. All
+            ranks raise.
         RunError: the encoder's output is not finite, or another rank failed while running. All ranks raise.
     """
     world = world or World()
+    cutting = Cutting(frames, windows, windows_as, segment_seconds, batch_seconds)
+    excerpts = [Excerpt(file) if isinstance(file, str) else file for file in files]
     with raised_together(world):
-        sizes = file_sizes(root, files)
+        sizes = file_sizes(root, [excerpt.path for excerpt in excerpts])
     # Compressed bytes stand in for the length: reading every header would cost as much as it saves.
     order = np.argsort(-sizes, kind="stable")
     if world.size > 1:
         # Nodes may hold differently encoded copies; only one order must count.
         order = _from_main(order, model.device)
-    mine = order[world.rank :: world.size]
-    shape = (windows, model.description.encoder.embedding_dim) if frames else (model.description.encoder.embedding_dim,)
-    # Ranks differ by at most one utterance; equal shapes let one collective carry all of them.
-    share = -(-len(files) // world.size)
-    rows = np.zeros((share, *shape), np.float32)
+    groups = _groups(order)
+    mine = _dealt(groups, world.rank, world.size)
+    dimension = model.description.encoder.embedding_dim
+    shape = (windows, dimension) if cutting.keeps_windows else (dimension,)
+    # The first rank has most; equal shapes let one collective carry all of them.
+    rows = np.zeros((len(_dealt(groups, 0, world.size)), *shape), np.float32)
     with raised_together(world):
-        for done, index in enumerate(mine):
-            path = Path(root) / files[index]
-            rows[done] = model.embed_windows(path, frames, windows) if frames else model.embed(path)
-            if progress:
-                progress(done + 1, len(mine))
+        done = 0
+        for group in groups[world.rank :: world.size]:
+            embedded = _embed_group(model, [excerpts[index].below(root) for index in group], cutting)
+            for embedding in embedded:
+                rows[done] = embedding
+                done += 1
+                if progress:
+                    progress(done, len(mine))
     dealt = rows[None] if world.size == 1 else _from_all(rows, world, model.device)
-    embeddings = np.empty((len(files), *shape), np.float32)
+    embeddings = np.empty((len(excerpts), *shape), np.float32)
     for rank in range(world.size):
-        places = order[rank :: world.size]
+        places = _dealt(groups, rank, world.size)
         embeddings[places] = dealt[rank, : len(places)]
+    return embeddings
+
+
+def embed_trials(
+    model: SpeakerModel,
+    root: str | os.PathLike[str],
+    trials: Trials,
+    *,
+    frames: int = 0,
+    windows: int = 10,
+    windows_as: str = "scores",
+    segment_seconds: float = MAX_WHOLE_SECONDS,
+    batch_seconds: float = BATCH_SECONDS,
+    world: World | None = None,
+    progress: Progress | None = None,
+) -> NDArray[np.float32]:
+    """Unit embeddings of the utterances of `trials`: what `embed_files` returns, row i for `trials.files[i]`.
+
+    A model of several files, or parts of files, is the mean of their unit embeddings, again of unit length. Arguments,
+    ranks and errors are those of `embed_files`.
+
+    Raises:
+        CelError: also if there are such models and windows are kept, whose scores have no mean over files.
+    """
+    cutting = Cutting(frames, windows, windows_as, segment_seconds, batch_seconds)
+    recordings = trials.recordings
+    several = [name for name, excerpts in zip(trials.files, recordings, strict=True) if len(excerpts) > 1]
+    if several and cutting.keeps_windows:
+        raise CelError(
+            f"{len(several)} models are made of several files (first {several[0]}), and windows are scored one by one; "
+            "score the mean of the windows with windows_as=embedding (--windows-as embedding), or whole utterances"
+        )
+    numbers: dict[Excerpt, int] = {}
+    for excerpts in recordings:
+        for excerpt in excerpts:
+            numbers.setdefault(excerpt, len(numbers))
+    rows = embed_files(
+        model,
+        root,
+        list(numbers),
+        frames=frames,
+        windows=windows,
+        windows_as=windows_as,
+        segment_seconds=segment_seconds,
+        batch_seconds=batch_seconds,
+        world=world,
+        progress=progress,
+    )
+    embeddings = rows[[numbers[excerpts[0]] for excerpts in recordings]]
+    for place, excerpts in enumerate(recordings):
+        if len(excerpts) > 1:
+            embeddings[place] = mean_embedding(rows[[numbers[excerpt] for excerpt in excerpts]])
     return embeddings
 
 
@@ -161,6 +237,30 @@ def file_sizes(root: str | os.PathLike[str], files: Sequence[str]) -> NDArray[np
             "the root folder and the list"
         )
     return sizes
+
+
+def _groups(order: NDArray[np.int64]) -> list[NDArray[np.int64]]:
+    """Utterances that may share passes of the encoder: some of about the same size, of a long list only.
+
+    They must not depend on the number of ranks: which utterances share a pass changes the last bits of an embedding.
+    """
+    number = min(_GROUP_FILES, max(1, len(order) // _MIN_GROUPS))
+    return [order[first : first + number] for first in range(0, len(order), number)]
+
+
+def _dealt(groups: list[NDArray[np.int64]], rank: int, num_ranks: int) -> NDArray[np.int64]:
+    share = groups[rank::num_ranks]
+    return np.concatenate(share) if share else np.zeros(0, np.int64)
+
+
+def _embed_group(model: SpeakerModel, excerpts: list[Excerpt], cutting: Cutting) -> Iterator[NDArray[np.float32]]:
+    batches = PieceBatches(model, cutting.batch_seconds)
+    for number, excerpt in enumerate(excerpts):
+        for piece in cutting.pieces(excerpt):
+            batches.add(number, name_of(excerpt), piece)
+    embedded = batches.take()
+    for number in range(len(excerpts)):
+        yield cutting.joined(embedded[number])
 
 
 def _audio_below(path: Path) -> list[str]:

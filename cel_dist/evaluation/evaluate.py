@@ -13,20 +13,21 @@ from numpy.typing import NDArray
 from cel_dist.data.files import atomic_write, require_folder_or_nothing
 from cel_dist.description import Calibration
 from cel_dist.distributed import World
-from cel_dist.errors import CelError, RunError
+from cel_dist.errors import RunError
 from cel_dist.evaluation.calibration import fit_calibration
-from cel_dist.evaluation.embed import Progress, embed_files, raised_together
+from cel_dist.evaluation.cutting import BATCH_SECONDS
+from cel_dist.evaluation.embed import Progress, embed_trials, raised_together
 from cel_dist.evaluation.scoring import score_trials
 from cel_dist.evaluation.trials import Trials
 from cel_dist.metrics import eer, eer_threshold, min_dcf
 from cel_dist.model import SpeakerModel
+from cel_dist.utterance import MAX_WHOLE_SECONDS
 
 SCORES_FILE = "scores.txt"
 EMBEDDINGS_FILE = "embeddings.npz"
 DET_FILE = "det.png"
 HISTOGRAM_FILE = "scores.png"
 
-_MIN_FRAMES = 16
 _PRIORS = ("0.01", "0.05")
 
 
@@ -134,11 +135,14 @@ def _write_files(folder: Path, contents: Mapping[str, tuple[str, bytes]]) -> dic
 
 def evaluate(
     model: SpeakerModel,
-    trials: str | os.PathLike[str],
+    trials: str | os.PathLike[str] | Trials,
     root: str | os.PathLike[str],
     *,
     frames: int = 0,
     windows: int = 10,
+    windows_as: str = "scores",
+    segment_seconds: float = MAX_WHOLE_SECONDS,
+    batch_seconds: float = BATCH_SECONDS,
     world: World | None = None,
     out: str | os.PathLike[str] | None = None,
     progress: Progress | None = None,
@@ -149,10 +153,14 @@ def evaluate(
 
     Args:
         model: on this rank's device.
-        trials: file that `Trials.read` reads.
+        trials: file that `Trials.read` reads, or what it and `read_protocol` return.
         root: folder to which its paths are relative.
         frames: 0 scores whole utterances; else windows of this many frames (at least 16), as published.
-        windows: windows an utterance; the score of a trial is the mean over all pairs of windows.
+        windows: windows an utterance.
+        windows_as: `scores`: the score of a trial is the mean over all pairs of windows; `embedding`: an utterance is
+            the mean of its windows.
+        segment_seconds: whole utterances that are longer are the mean of segments of this length.
+        batch_seconds: audio that passes the encoder at once, where pieces are equally long.
         world: this rank's place in the job. Default: one process.
         out: where rank 0 writes what `Evaluation.write` does. Default: nothing is written.
         progress: told after each utterance of this rank.
@@ -163,15 +171,22 @@ def evaluate(
         RunError: the encoder's output is not finite, or `out` cannot be written.
     """
     world = world or World()
-    if frames and frames < _MIN_FRAMES:
-        raise CelError(f"frames={frames}; give 0 for whole utterances or at least {_MIN_FRAMES} frames of 10 ms")
-    if windows < 1:
-        raise CelError(f"windows={windows}; give at least one window")
     with raised_together(world):
         if out is not None:
             require_folder_or_nothing(Path(out))
-        listed = Trials.read(trials)
-    embeddings = embed_files(model, root, listed.files, frames=frames, windows=windows, world=world, progress=progress)
+        listed = trials if isinstance(trials, Trials) else Trials.read(trials)
+    embeddings = embed_trials(
+        model,
+        root,
+        listed,
+        frames=frames,
+        windows=windows,
+        windows_as=windows_as,
+        segment_seconds=segment_seconds,
+        batch_seconds=batch_seconds,
+        world=world,
+        progress=progress,
+    )
     scores = score_trials(embeddings, listed)
     evaluation = Evaluation(
         eer=eer(scores, listed.labels),

@@ -2,72 +2,117 @@
 
 import logging
 import os
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
 
 from cel_dist.errors import CelError
+from cel_dist.evaluation.enrolment import Enrolment
+from cel_dist.utterance import Excerpt
 
 logger = logging.getLogger(__name__)
 
 _NUMBERS = {"0": 0, "1": 1}
-_WORDS = {"nontarget": 0, "target": 1}
+_WORDS = {"nontarget": 0, "target": 1, "imp": 0, "tgt": 1}
+
+_CHUNK_CHARACTERS = 1 << 22
+"""Of a list at once: enough to be quick, little enough to stay small whatever the length of the list."""
+
+_END_OF_LINE = "\0"
 
 
 @dataclass(frozen=True)
 class Trials:
-    """A list of trials over unique files, in the order of the list.
+    """A list of trials over unique utterances, in the order of the list.
+
+    An utterance is a file, or a model: what a speaker is enrolled with, which may be several files or parts of them.
 
     Attributes:
         files: the utterances, each once, as the list names them.
         labels: int8 [M], 1 for a target trial (same speaker) and 0 for a non-target trial.
         enrol: int32 [M], indices into `files`.
         test: int32 [M], indices into `files`.
+        sources: what to embed for an utterance, by its name, with paths relative to the root; without an entry, the
+            whole file of that name. The embedding of several is the mean of theirs.
     """
 
     files: list[str]
     labels: NDArray[np.int8]
     enrol: NDArray[np.int32]
     test: NDArray[np.int32]
+    sources: Mapping[str, tuple[Excerpt, ...]] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.labels)
 
+    @property
+    def recordings(self) -> list[tuple[Excerpt, ...]]:
+        """What to embed for each of `files`, at least one each."""
+        return [self.sources.get(name) or (Excerpt(name),) for name in self.files]
+
     @classmethod
-    def read(cls, path: str | os.PathLike[str]) -> "Trials":
-        """Read lines `label enrol test` with label 1 or 0, or `enrol test target|nontarget`.
+    def read(
+        cls, path: str | os.PathLike[str], *, enrolment: Enrolment | None = None, test_folder: str = ""
+    ) -> "Trials":
+        """Read lines `label enrol test` with label 1 or 0, or `enrol test target|nontarget` (or `tgt|imp`).
 
         White space separates the columns; tabs do where names hold blanks (see `split_columns`).
         Empty lines, Windows line ends and a byte order mark are fine. A pair that is listed twice counts twice, as
-        in the published scoring, and is reported in the log.
+        in the published scoring, and is reported in the log. The list is read in parts, so that memory grows with the
+        trials and the names, not with the text.
+
+        Args:
+            path: the list.
+            enrolment: the models, whose names then stand in the place of enrolment files.
+            test_folder: put before the names of test files that do not begin with it.
 
         Raises:
-            CelError: the file cannot be read or is empty, a line has not three columns or an unknown label, a pair is
-                listed both as target and as non-target, or all trials are of one class. Lines are named by number.
+            CelError: the file cannot be read or is empty, a line has not three columns or an unknown label, a model is
+                not enrolled, a pair is listed both as target and as non-target, or all trials are of one class. Lines
+                are named by number.
         """
-        index: dict[str, int] = {}
-        rows: list[tuple[int, int, int]] = []
-        numbers: list[int] = []
-        for number, line in enumerate(_read_lines(path), start=1):
-            if not line.strip():
-                continue
-            label, enrol, test = _parse(line, f"{path}, line {number}")
-            rows.append((label, index.setdefault(enrol, len(index)), index.setdefault(test, len(index))))
-            numbers.append(number)
-        if not rows:
+        numbering = _Numbering()
+        labels, pairs, numbers = [], [], []
+        for first, text in _chunks(path):
+            lines, label, names = _rows(text, first, path)
+            if enrolment is not None:
+                places = (f"{path}, line {line}" for line in lines)
+                names[0::2] = enrolment.utterances(names[0::2], places)
+            if test_folder:
+                names[1::2] = [name if name.startswith(test_folder) else test_folder + name for name in names[1::2]]
+            labels.append(np.fromiter(label, np.int8, len(lines)))
+            pairs.append(np.fromiter(map(numbering.__getitem__, names), np.int32, len(names)).reshape(-1, 2))
+            numbers.append(np.fromiter(lines, np.int32, len(lines)))
+        if not len(numbering):
             raise CelError(f"{path} holds no trials; write one a line: label (1 or 0), enrolment file, test file")
-        columns = np.array(rows, dtype=np.int32)
-        trials = cls(list(index), columns[:, 0].astype(np.int8), columns[:, 1], columns[:, 2])
+        both = np.concatenate(pairs)
+        sources = {} if enrolment is None else enrolment.sources
+        trials = cls(
+            list(numbering),
+            np.concatenate(labels),
+            np.ascontiguousarray(both[:, 0]),
+            np.ascontiguousarray(both[:, 1]),
+            {name: sources[name] for name in numbering if name in sources},
+        )
+        lines_at = np.concatenate(numbers)
         if trials.labels.min() == trials.labels.max():
             kind = "target" if trials.labels[0] else "non-target"
             raise CelError(
-                f"all {len(trials)} trials of {path} (line {numbers[0]} and on) are {kind} trials; error rates need "
+                f"all {len(trials)} trials of {path} (line {lines_at[0]} and on) are {kind} trials; error rates need "
                 "both kinds, add trials with the other label"
             )
-        _check_repeated_pairs(trials, np.array(numbers), path)
+        _check_repeated_pairs(trials, lines_at, path)
         return trials
+
+
+class _Numbering(dict[str, int]):
+    """Names to consecutive numbers, in the order in which they are first asked for."""
+
+    def __missing__(self, name: str) -> int:
+        number = self[name] = len(self)
+        return number
 
 
 def split_columns(line: str, count: int) -> list[str]:
@@ -85,14 +130,44 @@ def split_columns(line: str, count: int) -> list[str]:
     return columns
 
 
-def _read_lines(path: str | os.PathLike[str]) -> list[str]:
+def _chunks(path: str | os.PathLike[str]) -> Iterator[tuple[int, str]]:
+    """Some whole lines at a time, and the number of the first."""
     try:
         # utf-8-sig drops a byte order mark; universal newlines take care of Windows line ends.
-        return Path(path).read_text(encoding="utf-8-sig").split("\n")
+        with open(path, encoding="utf-8-sig") as file:
+            number = 1
+            while text := file.read(_CHUNK_CHARACTERS):
+                text += file.readline()
+                yield number, text
+                number += text.count("\n")
     except OSError as error:
         raise CelError(f"cannot read the trials file {path}: {error.strerror}; check the path") from None
     except UnicodeDecodeError:
         raise CelError(f"the trials file {path} is not UTF-8 text; check that it is the list and not audio") from None
+
+
+def _rows(text: str, first: int, path: str | os.PathLike[str]) -> tuple[Sequence[int], Iterable[int], list[str]]:
+    """The numbers of the lines that are not empty, their labels, and their names: enrolment, test, enrolment, ..."""
+    # Lines of one form, as nearly all are, are taken all at once: a list a line would cost several times as much. The
+    # mark at the end of each tells that every line has three columns, and not one two and another four.
+    text += "" if text.endswith("\n") else "\n"
+    tokens = text.replace("\n", f" {_END_OF_LINE}\n").split()
+    marks = tokens[3::4]
+    num_lines = text.count("\n")
+    if len(tokens) == 4 * num_lines and marks.count(_END_OF_LINE) == num_lines:
+        del tokens[3::4]
+        lines = range(first, first + num_lines)
+        ones, threes = tokens[0::3], tokens[2::3]
+        if _WORDS.keys() >= set(threes):
+            del tokens[2::3]
+            return lines, map(_WORDS.__getitem__, threes), tokens
+        if _NUMBERS.keys() >= set(ones) and _WORDS.keys().isdisjoint(threes):
+            del tokens[0::3]
+            return lines, map(_NUMBERS.__getitem__, ones), tokens
+    kept = [(number, line) for number, line in enumerate(text.split("\n"), start=first) if line.strip()]
+    rows = [_parse(line, f"{path}, line {number}") for number, line in kept]
+    names = [name for _, enrol, test in rows for name in (enrol, test)]
+    return [number for number, _ in kept], [label for label, _, _ in rows], names
 
 
 def _parse(line: str, place: str) -> tuple[int, str, str]:
@@ -112,12 +187,14 @@ def _parse(line: str, place: str) -> tuple[int, str, str]:
     )
 
 
-def _check_repeated_pairs(trials: Trials, numbers: NDArray[np.int64], path: str | os.PathLike[str]) -> None:
+def _check_repeated_pairs(trials: Trials, numbers: NDArray[np.int32], path: str | os.PathLike[str]) -> None:
     pairs = trials.enrol.astype(np.int64) * len(trials.files) + trials.test
+    ordered = np.sort(pairs)
+    # Most lists repeat nothing, which sorting shows in a fraction of the time that it takes to say what.
+    if not (ordered[1:] == ordered[:-1]).any():
+        return
     _, first, inverse = np.unique(pairs, return_index=True, return_inverse=True)
     repeated = np.flatnonzero(first[inverse] != np.arange(len(pairs)))
-    if len(repeated) == 0:
-        return
     originals = first[inverse[repeated]]
     contradicting = np.flatnonzero(trials.labels[repeated] != trials.labels[originals])
     if len(contradicting):
