@@ -42,6 +42,7 @@ MAY_KNOW = {
     "features": {"errors"},
     "random_state": set(),
     "metrics": {"errors"},
+    "back_end": {"errors"},
     "config_file": {"errors", "config"},
     "encoders": {"errors"},
     "losses": {"errors", "distributed"},
