@@ -125,7 +125,9 @@ class BackEnd:
             means[chosen], deviations[chosen] = scores.mean(axis=1), scores.std(axis=1)
         # Rounding leaves equal scores some last digits apart.
         if not (deviations[places] > 1e-9).all():
-            raise CelError("an utterance has the same score against all of the cohort; give a cohort of different files")
+            raise CelError(
+                "an utterance has the same score against all of the cohort; give a cohort of different files"
+            )
         return means, deviations
 
     def __eq__(self, other: object) -> bool:

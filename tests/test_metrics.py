@@ -119,7 +119,8 @@ def test_cllr_and_decisions_at_the_bayes_threshold_by_hand() -> None:
     ratios, labels = np.log([4.0, 0.5, 0.25, 2.0]), [1, 1, 0, 0]
     expected = ((np.log2(1.25) + np.log2(3)) / 2 + (np.log2(1.25) + np.log2(3)) / 2) / 2
     assert cllr(ratios, labels) == pytest.approx(expected, abs=1e-12)
-    # At 0.25 the threshold is 3: one miss. At 0.5 it is 1: a miss and a false acceptance. At 0.75 it is 1/3: a false acceptance.
+    # At 0.25 the threshold is 3: one miss. At 0.5 it is 1: a miss and a false acceptance.
+    # At 0.75 it is 1/3: a false acceptance.
     assert act_dcf(ratios, labels, p_target=0.25 + 1e-9) == pytest.approx(0.5, abs=1e-6)
     assert act_dcf(ratios, labels, p_target=0.5) == pytest.approx(0.5 * 0.5 / 0.5 + 0.5 * 0.5 / 0.5)
     assert act_dcf(ratios, labels, p_target=0.75) == pytest.approx(0.25 * 0.5 / 0.25)

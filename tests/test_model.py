@@ -291,7 +291,7 @@ def test_missing_weights_are_named(model, tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"version": 2}, "format version 2, this cel_dist reads up to 1; update cel_dist"),
+        ({"version": 3}, "format version 3, this cel_dist reads up to 2; update cel_dist"),
         ({"format": "other"}, "does not describe a model of this project"),
         ({"features": {"num_mels": 80}}, "num_mels=80, but this version computes num_mels=40"),
         ({"scoring": "plda"}, "'scoring'"),

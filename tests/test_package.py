@@ -25,7 +25,7 @@ IMPORTED_ONLY_BY = {
     "soxr": ("data/audio.py", "corpus/"),
     "fsspec": ("data/remote.py",),
     "aiohttp": ("data/remote.py",),
-    "safetensors": ("model.py",),
+    "safetensors": ("model_folder.py",),
     "matplotlib": ("evaluation/plots.py",),
     "jinja2": ("report.py",),
     "espeakng_loader": ("corpus/",),
