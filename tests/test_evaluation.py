@@ -141,7 +141,7 @@ def test_evaluation_agrees_with_itself(model, corpus, tmp_path):
     assert lines[1] == f"0 s0/0.wav s1/1.wav {result.scores[1]:.8f}"
     assert len(lines) == 5
     written_files = {path.name for path in (tmp_path / "new" / "out").iterdir()}
-    assert written_files == {"det.png", "embeddings.npz", "scores.png", "scores.txt"}
+    assert written_files == {"det.png", "det.tsv", "embeddings.npz", "scores.png", "scores.txt"}
     with np.load(tmp_path / "new" / "out" / "embeddings.npz") as arrays:
         assert arrays["names"].tolist() == list(result.trials.files)
         assert (arrays["embeddings"] == result.embeddings).all()

@@ -12,8 +12,8 @@ from cel_dist.evaluation.trials import Trials
 Floats = NDArray[np.float64]
 
 _RIDGE = 1e-4
-"""Penalty on the slopes per standard deviation of what they multiply. It hardly moves the fit of overlapping classes, and
-keeps the slopes finite where they do not overlap."""
+"""Penalty on the slopes per standard deviation of what they multiply. It hardly moves the fit of overlapping classes,
+and keeps the slopes finite where they do not overlap."""
 
 
 def fit_calibration(scores: ArrayLike, labels: ArrayLike, seconds: ArrayLike | None = None) -> Calibration:

@@ -133,9 +133,9 @@ def fitted_back_end(cohort: Embeddings | None, settings: BackEndSettings) -> Bac
 def speaker_means(rows: Embeddings, speakers: Sequence[str]) -> Embeddings:
     """Means of the unit embeddings [N, D] of each speaker, of unit length, in the order of the sorted names.
 
-    >>> rows = np.array([[1, 0], [0, 1], [0, -1]], np.float32)
+    >>> rows = np.array([[1, 0], [0, 1], [0, 1]], np.float32)
     >>> speaker_means(rows, ["b", "a", "a"]).tolist()
-    [[0.0, 0.0], [1.0, 0.0]]
+    [[0.0, 1.0], [1.0, 0.0]]
     """
     _, places = np.unique(np.asarray(speakers), return_inverse=True)
     sums = np.zeros((places.max() + 1, rows.shape[1]))
