@@ -82,6 +82,11 @@ class Config(Section):
                 f"train.batch_size={self.train.batch_size} does not divide by labels.utterances={labels.utterances}; a "
                 "batch has as many utterances of every speaker"
             )
+        elif self.rows < 2:
+            raise ValueError(
+                f"train.batch_size={self.train.batch_size} with labels.utterances={labels.utterances} is one speaker, who "
+                "has nobody to be told from; raise the former"
+            )
         elif similarity == "angular_contrastive" and labels.utterances != 2:
             raise ValueError(
                 f"loss.similarity={similarity} compares two utterances of a speaker; set labels.utterances=2"

@@ -5,14 +5,18 @@ import math
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
+from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from cel_dist.back_end import ScoreNorm, Scoring
 from cel_dist.errors import CelError
 
 DESCRIPTION_FILE = "model.json"
 
 _FORMAT = "cel_dist.model"
-_VERSION = 1
+_VERSION = 2
+"""1 knew neither back ends nor calibrations with durations. A description of it means the same today."""
 
 
 class _Part(BaseModel):
@@ -51,19 +55,81 @@ class FeatureDescription(_Part):
 
 
 class Calibration(_Part):
-    """Probability of the same speaker at equal priors: sigmoid(slope * score + offset)."""
+    """Scores to log-likelihood ratios: slope * score + offset + duration_slope * log(seconds / reference_seconds)."""
 
     slope: float
     offset: float
+    quality: Literal["duration"] | None = None
+    """What besides the score counts. `duration`: the seconds of the shorter utterance. None: nothing; the last term is
+    zero."""
+    duration_slope: float = 0.0
+    reference_seconds: float = Field(default=1.0, gt=0)
+    """The shorter duration that is usual in the list it was fitted on (geometric mean)."""
+    trials: str | None = None
+    """Name of the list of trials it was fitted on."""
+    trials_sha256: str | None = None
+    """Which trials these were, so that an evaluation on the same ones can say so."""
 
-    def probability(self, score: float) -> float:
-        """Probability in (0, 1) that a pair with this score is one speaker.
+    def log_likelihood_ratio(self, score: float, seconds: float | None = None) -> float:
+        """How much likelier the score is for one speaker than for two: the natural logarithm of the ratio.
+
+        Args:
+            score: of the pair.
+            seconds: of the shorter utterance; without effect where `quality` is None.
+
+        Raises:
+            CelError: the calibration needs durations and there is none.
+        """
+        if seconds is None:
+            return float(self.log_likelihood_ratios(np.array([score]))[0])
+        return float(self.log_likelihood_ratios(np.array([score]), np.array([seconds]))[0])
+
+    def log_likelihood_ratios(
+        self, scores: NDArray[np.float64], seconds: NDArray[np.float64] | None = None
+    ) -> NDArray[np.float64]:
+        """As `log_likelihood_ratio`, of M pairs: all [M]."""
+        ratios = self.slope * scores + self.offset
+        return ratios + self.duration_slope * self._log_duration(seconds) if self.quality else ratios
+
+    def compensated(
+        self, scores: NDArray[np.float64], seconds: NDArray[np.float64] | None = None
+    ) -> NDArray[np.float64]:
+        """Scores as if the shorter utterance had the reference duration, [M]: the threshold is one of these."""
+        # Scores that say nothing about the speaker cannot stand for a duration.
+        if not self.quality or self.slope <= 0:
+            return scores
+        return scores + self.duration_slope / self.slope * self._log_duration(seconds)
+
+    def probability(self, score: float, seconds: float | None = None) -> float:
+        """Probability in (0, 1) that a pair with this score is one speaker, at equal priors.
+
+        Raises as `log_likelihood_ratio`.
 
         >>> Calibration(slope=2.0, offset=1.0).probability(-0.5)
         0.5
         """
         # tanh, unlike exp, does not overflow for any score.
-        return 0.5 + 0.5 * math.tanh(0.5 * (self.slope * score + self.offset))
+        return 0.5 + 0.5 * math.tanh(0.5 * self.log_likelihood_ratio(score, seconds))
+
+    def _log_duration(self, seconds: NDArray[np.float64] | None) -> NDArray[np.float64]:
+        if seconds is None:
+            raise CelError(
+                "this model's probabilities depend on the duration of the shorter utterance; give audio, not embeddings"
+            )
+        logarithms: NDArray[np.float64] = np.log(seconds / self.reference_seconds)
+        return logarithms
+
+
+class BackEndDescription(_Part):
+    """What scoring needs besides the embeddings; its arrays are in `back_end.safetensors`."""
+
+    mean_subtracted: bool = False
+    """Whether the mean of a cohort is taken off all embeddings before they are compared."""
+    score_norm: ScoreNorm | None = None
+    top_n: int = Field(default=300, ge=2)
+    """Of the norm `as`."""
+    cohort: str | None = None
+    """Name of the list the arrays come from."""
 
 
 class Provenance(_Part):
@@ -82,13 +148,17 @@ class ModelDescription(_Part):
     """Everything about a model but its tensors; the content of `model.json`."""
 
     format: Literal["cel_dist.model"] = "cel_dist.model"
-    version: Literal[1] = 1
+    version: Literal[2] = 2
     encoder: EncoderDescription
     features: FeatureDescription = Field(default_factory=FeatureDescription)
-    scoring: Literal["negative_euclidean"] = "negative_euclidean"
-    """The score of two unit embeddings is minus their Euclidean distance: 0 at best, -2 at worst."""
+    scoring: Scoring = "negative_euclidean"
+    """The score of two unit embeddings before any norm: minus their Euclidean distance, 0 at best and -2 at worst; or
+    their cosine."""
+    back_end: BackEndDescription | None = None
+    """None: the score is that of the embeddings as they are."""
     threshold: float | None = None
-    """Whole-utterance scores at or above it mean the same speaker. None: never measured."""
+    """Whole-utterance scores at or above it mean the same speaker; with a calibration that knows durations, scores
+    compensated by it. None: never measured."""
     calibration: Calibration | None = None
     """Turns whole-utterance scores into probabilities. None: never measured."""
     training: Provenance = Field(default_factory=Provenance)
@@ -115,7 +185,7 @@ def read_description(path: Path) -> ModelDescription:
     if isinstance(version, int) and version > _VERSION:
         raise CelError(f"{path} has format version {version}, this cel_dist reads up to {_VERSION}; update cel_dist")
     try:
-        return ModelDescription.model_validate(tree)
+        return ModelDescription.model_validate({**tree, "version": _VERSION} if version == 1 else tree)
     except ValidationError as error:
         detail = error.errors()[0]
         place = ".".join(str(part) for part in detail["loc"])

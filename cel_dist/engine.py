@@ -98,8 +98,8 @@ class Engine:
     def _in_chunks(self, features: Tensor, ids: Tensor | None) -> Any:
         chunks = features.chunk(self._chunks)
         drawn_from = random_state(features.device)
-        buffers = self._before_pass
-        assert buffers is not None
+        # Not those of the loss: it is computed once, and what it made of them stays.
+        buffers = _Buffers(self.objective.get_submodule("encoder"))
         with torch.no_grad():
             embeddings = torch.cat([self._engine("embed", chunk) for chunk in chunks]).requires_grad_()
         # Dropout is to repeat itself.

@@ -1,28 +1,19 @@
-"""A trained speaker encoder as one thing: weights, features, scoring and threshold; saved, loaded, embedding, scoring.
-
-A model folder holds two files and no pickles:
-
-    encoder.safetensors    the encoder's parameters and buffers
-    model.json             `ModelDescription`: what the tensors are, how to score, where they come from
-"""
+"""A trained speaker encoder as one thing: weights, features, back end and threshold; it embeds, scores and is saved."""
 
 import os
-import secrets
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from safetensors import SafetensorError
-from safetensors.torch import load_file
-from safetensors.torch import save as to_safetensors
 from torch import Tensor, nn
 from torch.nn import functional
 
+from cel_dist.back_end import BackEnd
+from cel_dist.data.audio import SAMPLE_RATE, AudioError, audio_seconds
 from cel_dist.description import (
     DESCRIPTION_FILE,
     Calibration,
@@ -32,10 +23,17 @@ from cel_dist.description import (
     read_description,
 )
 from cel_dist.errors import CelError, RunError
-from cel_dist.features import SAMPLE_RATE
+from cel_dist.model_folder import (
+    MODEL_FILES,
+    WEIGHTS_FILE,
+    described,
+    read_back_end,
+    read_weights,
+    write_model_folder,
+)
 from cel_dist.network import front_end, new_network
 from cel_dist.published import read_published
-from cel_dist.utterance import MAX_WHOLE_SECONDS, Audio, name_of, segments
+from cel_dist.utterance import MAX_WHOLE_SECONDS, MIN_SAMPLES, Audio, Excerpt, name_of, segments
 from cel_dist.utterance import windows as cut_windows
 
 __all__ = [
@@ -52,12 +50,13 @@ __all__ = [
 
 Embeddings: TypeAlias = NDArray[np.float32]
 
-WEIGHTS_FILE = "encoder.safetensors"
-
 
 @dataclass(frozen=True)
 class Verification:
-    """The answer to "is this one speaker?"; None where the model holds no threshold or calibration."""
+    """The answer to "is this one speaker?"; None where the model holds no threshold or calibration.
+
+    With a calibration that knows durations, `threshold` is the one for utterances as long as these.
+    """
 
     score: float
     probability: float | None
@@ -72,9 +71,10 @@ class SpeakerModel:
     pass a copy of an encoder that is still in training.
     """
 
-    def __init__(self, encoder: nn.Module, description: ModelDescription) -> None:
+    def __init__(self, encoder: nn.Module, description: ModelDescription, back_end: BackEnd | None = None) -> None:
         self.encoder = encoder.eval()
         self.description = description
+        self.back_end = back_end or BackEnd(scoring=description.scoring)
         self.device: torch.device = next(encoder.parameters()).device
         self._features = front_end(description).to(self.device).eval()
 
@@ -140,29 +140,61 @@ class SpeakerModel:
         return rows
 
     def score(self, a: Audio, b: Audio) -> float:
-        """Similarity of two utterances: minus the Euclidean distance of their unit embeddings, in [-2, 0].
+        """Similarity of two utterances by the model's back end: higher for more alike.
 
-        Either may be an embedding [D] that `embed` returned instead of audio: compute it once, compare it often.
-        Raises as `embed` does.
+        Without one it is minus the Euclidean distance of their unit embeddings, in [-2, 0]. Either may be an embedding
+        [D] that `embed` returned instead of audio: compute it once, compare it often. Raises as `embed` does.
         """
-        return -float(np.linalg.norm(self._embedding(a) - self._embedding(b)))
+        rows = np.stack([self._embedding(a), self._embedding(b)])
+        return float(self.back_end.score(rows, np.array([0]), np.array([1]))[0])
 
-    def probability(self, score: float) -> float | None:
-        """Probability of the same speaker at equal priors; None for a model without calibration."""
+    def probability(self, score: float, seconds: float | None = None) -> float | None:
+        """Probability of the same speaker at equal priors; None for a model without calibration.
+
+        Args:
+            score: that `score` returned.
+            seconds: duration of the shorter utterance, for a calibration that knows durations.
+
+        Raises:
+            CelError: the calibration needs `seconds`.
+        """
         calibration = self.description.calibration
-        return None if calibration is None else calibration.probability(score)
+        return None if calibration is None else calibration.probability(score, seconds)
 
     def verify(self, enrol: Audio, test: Audio) -> Verification:
-        """Compare two utterances: score, probability, and the decision at the stored threshold. Raises as `embed`."""
-        score = self.score(enrol, test)
-        threshold = self.description.threshold
-        same = None if threshold is None else score >= threshold
-        return Verification(score, self.probability(score), same, threshold)
+        """Compare two utterances: score, probability, and the decision at the stored threshold.
 
-    def calibrate(self, threshold: float, calibration: Calibration) -> "SpeakerModel":
-        """The same encoder with this threshold and calibration; `self` stays as it is."""
-        update = {"threshold": threshold, "calibration": calibration}
-        return SpeakerModel(self.encoder, self.description.model_copy(update=update))
+        Raises:
+            CelError: as `embed`, or an embedding is given where the calibration needs durations.
+        """
+        score = self.score(enrol, test)
+        threshold, calibration = self.description.threshold, self.description.calibration
+        seconds = None
+        if calibration is not None and calibration.quality:
+            durations = self._seconds(enrol), self._seconds(test)
+            seconds = None if None in durations else min(filter(None, durations))
+            if threshold is not None:
+                length = None if seconds is None else np.array([seconds])
+                threshold -= float(calibration.compensated(np.zeros(1), length)[0])
+        same = None if threshold is None else score >= threshold
+        return Verification(score, self.probability(score, seconds), same, threshold)
+
+    def calibrate(
+        self, threshold: float, calibration: Calibration, back_end: BackEnd | None = None, cohort: str | None = None
+    ) -> "SpeakerModel":
+        """The same encoder with this threshold and calibration; `self` stays as it is.
+
+        Args:
+            threshold: of scores that the back end gives whole utterances.
+            calibration: of the same scores.
+            back_end: the new one. Default: that of `self`.
+            cohort: name of the list that a new back end comes from.
+        """
+        update: dict[str, Any] = {"threshold": threshold, "calibration": calibration}
+        if back_end is not None:
+            update |= {"scoring": back_end.scoring, "back_end": described(back_end, cohort)}
+        description = self.description.model_copy(update=update)
+        return SpeakerModel(self.encoder, description, back_end or self.back_end)
 
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Write a model folder in one step: it is there whole, or not at all. An older model there is replaced.
@@ -171,27 +203,8 @@ class SpeakerModel:
             CelError: the folder holds other files than a model.
             RunError: the folder cannot be written.
         """
-        target = Path(folder).resolve()
-        _refuse_other_content(target)
-        unique = f".{target.name}.{os.getpid()}.{secrets.token_hex(4)}"
-        fresh, former = target.with_name(unique + ".new"), target.with_name(unique + ".old")
         tensors = {name: value.detach().cpu().contiguous() for name, value in self.encoder.state_dict().items()}
-        try:
-            fresh.mkdir(parents=True)
-            # Not `save_file`, whose files only their owner can read: models are shared.
-            (fresh / WEIGHTS_FILE).write_bytes(to_safetensors(tensors, metadata={"format": "pt"}))
-            (fresh / DESCRIPTION_FILE).write_text(self.description.model_dump_json(indent=2) + "\n", encoding="utf-8")
-            if target.exists():
-                target.replace(former)
-            fresh.replace(target)
-        except OSError as error:
-            shutil.rmtree(fresh, ignore_errors=True)
-            if former.exists():
-                former.replace(target)
-            raise RunError(
-                f"cannot write the model folder {target}: {error.strerror}; check space and permissions"
-            ) from error
-        shutil.rmtree(former, ignore_errors=True)
+        write_model_folder(folder, tensors, self.description, self.back_end)
 
     @classmethod
     def load_folder(cls, folder: str | os.PathLike[str], device: str | torch.device | None = None) -> "SpeakerModel":
@@ -203,16 +216,9 @@ class SpeakerModel:
         """
         folder = Path(folder)
         description = read_description(folder / DESCRIPTION_FILE)
-        weights = folder / WEIGHTS_FILE
-        try:
-            state = load_file(weights)
-        except FileNotFoundError:
-            raise CelError(
-                f"{weights} is missing; {DESCRIPTION_FILE} alone is no model, copy the whole folder"
-            ) from None
-        except (OSError, SafetensorError) as error:
-            raise CelError(f"{weights} is damaged ({error}); copy or export the model again") from None
-        return cls._from_state(state, description, weights, device)
+        model = cls._from_state(read_weights(folder), description, folder / WEIGHTS_FILE, device)
+        model.back_end = read_back_end(folder, description)
+        return model
 
     @classmethod
     def _from_state(
@@ -238,6 +244,18 @@ class SpeakerModel:
         else:
             is_embedding = False
         return vector if is_embedding else self.embed(audio)
+
+    def _seconds(self, audio: Audio) -> float | None:
+        """Duration of an utterance; None for an embedding, which does not tell."""
+        if isinstance(audio, (str, os.PathLike)):
+            try:
+                return audio_seconds(Path(audio))
+            except AudioError as error:
+                raise CelError(f"{audio} cannot be read as audio ({error}); convert it to WAV or FLAC") from None
+        if isinstance(audio, Excerpt):
+            whole = self._seconds(audio.path) or 0.0
+            return min(whole, audio.end_seconds or whole) - audio.start_seconds
+        return len(audio) / SAMPLE_RATE if len(audio) >= MIN_SAMPLES else None
 
 
 def mean_embedding(rows: Embeddings) -> Embeddings:
@@ -321,19 +339,9 @@ def load_published(path: str | os.PathLike[str], device: str | torch.device | No
         CelError: the file cannot be read or is no such checkpoint.
     """
     path = Path(path)
-    if path.name in (WEIGHTS_FILE, DESCRIPTION_FILE):
+    if path.name in MODEL_FILES:
         raise CelError(f"{path} is a part of a model; give its folder {path.parent}")
     published = read_published(path)
     encoder = EncoderDescription(name="fast_resnet34", embedding_dim=published.embedding_dim)
     description = ModelDescription(encoder=encoder, training=Provenance(source=f"published checkpoint {path.name}"))
     return SpeakerModel._from_state(published.encoder_state, description, path, device)
-
-
-def _refuse_other_content(folder: Path) -> None:
-    if not folder.exists():
-        return
-    if not folder.is_dir():
-        raise CelError(f"{folder} is a file; give a new folder for the model")
-    others = sorted(entry.name for entry in folder.iterdir() if entry.name not in (WEIGHTS_FILE, DESCRIPTION_FILE))
-    if others:
-        raise CelError(f"{folder} holds other files than a model (first {others[0]}); give a new folder for the model")

@@ -11,11 +11,12 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+from cel_dist import back_end
 from cel_dist.data.audio import encode_audio
 from cel_dist.distributed import World
 from cel_dist.encoders import build_encoder
 from cel_dist.errors import CelError, RunError
-from cel_dist.evaluation import Trials, embed_files, evaluate, fit_calibration, score_trials, scoring, write_embeddings
+from cel_dist.evaluation import Trials, embed_files, evaluate, fit_calibration, score_trials, write_embeddings
 from cel_dist.model import EncoderDescription, ModelDescription, SpeakerModel, load_model
 
 DIMENSION = 32
@@ -113,7 +114,8 @@ def test_scores_are_minus_the_mean_distance_whatever_the_block(monkeypatch, wind
     exact = rows.astype(np.float64).reshape(6, -1, 8)
     expected = [-np.mean([[np.linalg.norm(x - y) for y in exact[b]] for x in exact[a]]) for a, b in pairs]
     np.testing.assert_allclose(score_trials(rows, trials), expected, rtol=1e-6, atol=1e-7)
-    monkeypatch.setattr(scoring, "_BLOCK_FLOATS", 5 * 8 * max(windows, 1))
+    monkeypatch.setattr(back_end, "_BLOCK_FLOATS", 5 * 8 * 3)
+    monkeypatch.setattr(back_end, "_BLOCK_PAIRS", 5)
     np.testing.assert_allclose(score_trials(rows, trials), expected, rtol=1e-6, atol=1e-7)
 
 
@@ -139,7 +141,7 @@ def test_evaluation_agrees_with_itself(model, corpus, tmp_path):
     assert lines[1] == f"0 s0/0.wav s1/1.wav {result.scores[1]:.8f}"
     assert len(lines) == 5
     written_files = {path.name for path in (tmp_path / "new" / "out").iterdir()}
-    assert written_files == {"det.png", "embeddings.npz", "scores.png", "scores.txt"}
+    assert written_files == {"det.png", "det.tsv", "embeddings.npz", "scores.png", "scores.txt"}
     with np.load(tmp_path / "new" / "out" / "embeddings.npz") as arrays:
         assert arrays["names"].tolist() == list(result.trials.files)
         assert (arrays["embeddings"] == result.embeddings).all()

@@ -125,6 +125,7 @@ def test_the_contrastive_losses_take_speakers_for_rows(runs):
             "set labels.utterances=2",
         ),
         ({"labels": {"use": True, "utterances": 1}}, "2 or more"),
+        ({"labels": {"use": True}, "train": {"batch_size": 2}}, "is one speaker"),
         ({"head": {"margin": 0.3}}, "head.margin=0.3 means nothing"),
         (
             {"labels": {"use": True}, "loss": {"similarity": "softmax"}, "head": {"scale": 20}},

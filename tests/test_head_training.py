@@ -81,7 +81,7 @@ def train_every_way(folder):
     engine.discard()
     results["useless"] = problem, before, state_of(engine)
     # AdaCos: its scale goes the way of the weights.
-    engine = engine_of(objective(dist.group.WORLD, sharded=True, head=AdaCos), 2)
+    engine = engine_of(objective(dist.group.WORLD, sharded=True, head=AdaCos), 2, chunks=2)
     steps(engine, world.rows(BATCH))
     (folder / FOLDER).mkdir(parents=True, exist_ok=True)
     for name, content in engine.snapshot().items():

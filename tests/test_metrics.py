@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from cel_dist.errors import CelError
-from cel_dist.metrics import det_points, eer, eer_threshold, min_dcf
+from cel_dist.metrics import RankedTrials, act_dcf, cllr, det_points, eer, eer_threshold, min_dcf
 
 
 def trials(num_trials: int = 400, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
@@ -80,9 +80,66 @@ def test_order_of_trials_and_monotonic_scaling_do_not_matter_to_the_eer() -> Non
     ],
 )
 def test_unusable_trials_are_refused_by_every_metric(scores: list[float], labels: list[int], message: str) -> None:
-    for metric in (eer, eer_threshold, min_dcf, det_points):
+    for metric in (eer, eer_threshold, min_dcf, det_points, RankedTrials, act_dcf, cllr):
         with pytest.raises(CelError, match=message):
             metric(scores, labels)
+
+
+def test_trials_that_were_sorted_once_have_all_measures() -> None:
+    scores, labels = trials()
+    ranked = RankedTrials(scores, labels)
+    assert (ranked.eer, ranked.eer_threshold) == (eer(scores, labels), eer_threshold(scores, labels))
+    assert ranked.scores.tolist() == scores[ranked.order].tolist()
+    assert ranked.is_target.tolist() == (labels[ranked.order] == 1).tolist()
+    # The cost at every place in the sorted list, as the definition has it.
+    accepted = np.concatenate([[0], np.cumsum(ranked.is_target)])
+    miss = 1 - accepted / accepted[-1]
+    false_accept = (np.arange(len(accepted)) - accepted) / (labels == 0).sum()
+    for prior in (0.001, 0.05, 0.3, 0.9):
+        cost = prior * miss + (1 - prior) * false_accept
+        assert ranked.min_dcf(prior) == pytest.approx(cost.min() / min(prior, 1 - prior), abs=1e-15)
+
+
+def test_the_convex_hull_keeps_the_points_that_are_best_for_some_prior() -> None:
+    scores, labels = trials()
+    false_accepts, false_rejects, thresholds = det_points(scores, labels)
+    hull = RankedTrials(scores, labels).convex_hull()
+    every = set(zip(false_accepts.tolist(), false_rejects.tolist(), thresholds.tolist(), strict=True))
+    kept = list(zip(*(part.tolist() for part in hull), strict=True))
+    assert set(kept) <= every
+    assert (kept[0][:2], kept[-1][:2]) == ((0, 1), (1, 0))
+    right, down = np.diff(hull[0]), -np.diff(hull[1])
+    assert (down[:-1] * right[1:] > down[1:] * right[:-1]).all(), "the hull is not convex, or has points on a line"
+    for prior in np.linspace(0.01, 0.99, 50):
+        best = (prior * false_rejects + (1 - prior) * false_accepts).min()
+        assert (prior * hull[1] + (1 - prior) * hull[0]).min() == pytest.approx(best, abs=1e-15)
+
+
+def test_cllr_and_decisions_at_the_bayes_threshold_by_hand() -> None:
+    ratios, labels = np.log([4.0, 0.5, 0.25, 2.0]), [1, 1, 0, 0]
+    expected = ((np.log2(1.25) + np.log2(3)) / 2 + (np.log2(1.25) + np.log2(3)) / 2) / 2
+    assert cllr(ratios, labels) == pytest.approx(expected, abs=1e-12)
+    # At 0.25 the threshold is 3: one miss. At 0.5 it is 1: a miss and a false acceptance.
+    # At 0.75 it is 1/3: a false acceptance.
+    assert act_dcf(ratios, labels, p_target=0.25 + 1e-9) == pytest.approx(0.5, abs=1e-6)
+    assert act_dcf(ratios, labels, p_target=0.5) == pytest.approx(0.5 * 0.5 / 0.5 + 0.5 * 0.5 / 0.5)
+    assert act_dcf(ratios, labels, p_target=0.75) == pytest.approx(0.25 * 0.5 / 0.25)
+    assert act_dcf(ratios, labels, p_target=0.5, c_fa=10) == pytest.approx(0.5 / 0.5)
+
+
+def test_min_cllr_is_that_of_the_best_monotone_calibration() -> None:
+    scores, labels = [3.0, 2.0, 2.0, 1.0, 1.0], [1, 1, 0, 0, 1]
+    # Above 2 there are targets only. 2 and 1 have one of each, so that they get one ratio, of (2/3) / (2/2).
+    ratio = (2 / 3) / (2 / 2)
+    expected = (2 / 3 * np.log2(1 + 1 / ratio) + np.log2(1 + ratio)) / 2
+    assert RankedTrials(scores, labels).min_cllr() == pytest.approx(expected, abs=1e-12)
+    # A strictly monotone map cannot change it, nor can any calibration be better.
+    scores, labels = trials()
+    least = RankedTrials(scores, labels).min_cllr()
+    assert RankedTrials(np.exp(scores), labels).min_cllr() == pytest.approx(least, abs=1e-12)
+    assert least < cllr(1.5 * (scores - 0.75), labels)
+    assert RankedTrials([2.0, 1.0], [1, 0]).min_cllr() == 0
+    assert RankedTrials([1.0, 2.0], [1, 0]).min_cllr() == 1
 
 
 @pytest.mark.parametrize(("setting", "value"), [("p_target", 0.0), ("p_target", 1.5), ("c_miss", 0), ("c_fa", -1)])

@@ -293,7 +293,7 @@ def test_missing_weights_are_named(model, tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"version": 2}, "format version 2, this cel_dist reads up to 1; update cel_dist"),
+        ({"version": 3}, "format version 3, this cel_dist reads up to 2; update cel_dist"),
         ({"format": "other"}, "does not describe a model of this project"),
         ({"features": {"num_mels": 64}}, "'features.num_mels': Input should be 40 or 80"),
         ({"features": {"fft_size": 400}}, "fft_size=400, but this version computes fft_size=512"),

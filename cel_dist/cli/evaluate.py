@@ -2,7 +2,7 @@
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -10,6 +10,7 @@ from cel_dist.cli.app import JsonOption, app, emit
 from cel_dist.cli.progress import progress_bar
 
 if TYPE_CHECKING:
+    from cel_dist.evaluation import Evaluation
     from cel_dist.evaluation.trials import Trials
 
 ModelOption = Annotated[
@@ -66,17 +67,56 @@ def evaluate(
         float,
         typer.Option(help="Seconds of audio that pass the encoder at once, where segments or files are equally long."),
     ] = 120.0,
+    scoring: Annotated[
+        Literal["euclidean", "cosine"] | None,
+        typer.Option(help="How two embeddings are compared: minus their Euclidean distance, or their cosine."),
+    ] = None,
+    score_norm: Annotated[
+        Literal["z", "t", "s", "as"] | None,
+        typer.Option(help="Normalise scores by those against --cohort: z-, t-, s- or adaptive s-norm."),
+    ] = None,
+    cohort: Annotated[
+        Path | None,
+        typer.Option(help="Utterances of other speakers: lines 'path', or 'path speaker' to average each speaker."),
+    ] = None,
+    cohort_root: Annotated[
+        Path | None, typer.Option(help="Folder to which the paths in --cohort are relative.", show_default="--root")
+    ] = None,
+    top_n: Annotated[
+        int, typer.Option(help="Most similar cohort entries that the adaptive s-norm looks at; 2 or more.")
+    ] = 300,
+    subtract_mean: Annotated[
+        bool, typer.Option("--subtract-mean", help="Take the mean of the cohort off all embeddings.")
+    ] = False,
+    quality: Annotated[
+        Literal["duration"] | None,
+        typer.Option(help="What the calibration knows besides the score: how long the shorter utterance is."),
+    ] = None,
+    priors: Annotated[
+        str, typer.Option(help="Prior probabilities of a target trial, for minDCF and actDCF: 0.01,0.05.")
+    ] = "0.01,0.05",
+    bootstrap: Annotated[
+        int, typer.Option(help="Draw the speakers so many times, 100 or more, for 95 % intervals; 0 for none.")
+    ] = 0,
+    seed: Annotated[int, typer.Option(help="Of --bootstrap.")] = 0,
+    speakers: Annotated[
+        Path | None,
+        typer.Option(
+            help="Who speaks, for --bootstrap: lines 'path speaker'.", show_default="first folder of the path"
+        ),
+    ] = None,
     out: Annotated[
         Path | None,
         typer.Option(
-            help="Folder for scores.txt, det.png and scores.png.", show_default="evaluation/TRIALS or /PROTOCOL"
+            help="Folder for scores.txt, det.tsv, det.png and scores.png.",
+            show_default="evaluation/TRIALS or /PROTOCOL",
         ),
     ] = None,
     calibrate: Annotated[
         Path | None,
         typer.Option(
             metavar="DIR",
-            help="Write the model, with threshold and calibration from these trials, to DIR; for whole utterances.",
+            help="Write the model, with back end, threshold and calibration from these trials, to DIR.",
         ),
     ] = None,
     as_json: JsonOption = False,
@@ -84,6 +124,7 @@ def evaluate(
     """Measure a model on a list of trials: equal error rate, minimum detection cost, scores and plots."""
     from cel_dist.data.files import require_folder_or_nothing
     from cel_dist.errors import CelError
+    from cel_dist.evaluation import BackEndSettings, BootstrapSettings
     from cel_dist.evaluation import evaluate as run_evaluation
     from cel_dist.evaluation.cutting import Cutting
     from cel_dist.model import load_model
@@ -95,6 +136,18 @@ def evaluate(
         raise CelError("--calibrate is for whole utterances, which 'cel verify' compares; leave out --frames")
     if calibrate and segment_seconds != MAX_WHOLE_SECONDS:
         raise CelError("--calibrate is for utterances as 'cel verify' compares them; leave out --segment-seconds")
+    if speakers and not bootstrap:
+        raise CelError("--speakers is for intervals; add --bootstrap 1000, or leave it out")
+    back_end = None
+    if scoring or score_norm or subtract_mean or cohort:
+        back_end = BackEndSettings(
+            scoring="cosine" if scoring == "cosine" else "negative_euclidean",
+            subtract_mean=subtract_mean,
+            score_norm=score_norm,
+            cohort=cohort,
+            cohort_root=cohort_root,
+            top_n=top_n,
+        )
     out = out or Path("evaluation") / (protocol.lower() if protocol else trials.stem if trials else "")
     for folder in filter(None, (out, calibrate)):
         require_folder_or_nothing(folder)
@@ -111,13 +164,16 @@ def evaluate(
             segment_seconds=segment_seconds,
             batch_seconds=batch_seconds,
             progress=progress,
+            back_end=back_end,
+            quality=quality,
+            priors=tuple(dict.fromkeys(priors.replace(",", " ").split())),
+            bootstrap=BootstrapSettings(bootstrap, seed, speakers) if bootstrap else None,
         )
     paths = result.write(out)
     if calibrate:
-        loaded.calibrate(result.threshold, result.calibration).save(calibrate)
-    costs = "  ".join(f"minDCF({prior}) {cost:.4f}" for prior, cost in result.min_dcf.items())
+        result.calibrate(loaded).save(calibrate)
     text = [
-        f"EER {result.eer:.2%}  {costs}  ({len(result.trials)} trials, {len(result.trials.files)} utterances)",
+        *_figures(result),
         *(f"{kind}: {path}" for kind, path in paths.items()),
         *([f"calibrated model: {calibrate}"] if calibrate else []),
     ]
@@ -142,6 +198,32 @@ def _listed_trials(protocol: str | None, trials: Path | None, enrol: Path | None
             raise CelError("--protocol finds its own list of models; leave out --enrol")
         return read_protocol(protocol, root, trials)
     return Trials.read(str(trials), enrolment=None if enrol is None else Enrolment.read(enrol))
+
+
+def _figures(result: "Evaluation") -> list[str]:
+    """The error rates in words."""
+    intervals = result.intervals
+    costs = [f"minDCF({prior}) {cost:.4f}" for prior, cost in result.min_dcf.items()]
+    rate = f"EER {result.eer:.2%}"
+    if intervals is not None:
+        rate += f" ({intervals.eer[0]:.2%} to {intervals.eer[1]:.2%})"
+        costs = [
+            f"{cost} ({low:.4f} to {high:.4f})"
+            for cost, (low, high) in zip(costs, intervals.min_dcf.values(), strict=True)
+        ]
+    lines = [
+        "  ".join([rate, *costs, f"({len(result.trials)} trials, {len(result.trials.files)} utterances)"]),
+    ]
+    if intervals is not None:
+        lines.append(f"95 % intervals over {intervals.speakers} speakers, drawn {intervals.replicates} times")
+    calibrated = result.calibrated
+    flatters = calibrated.fitted_on == "these trials"
+    decisions = [f"actDCF({prior}) {cost:.4f}" for prior, cost in calibrated.act_dcf.items()]
+    lines.append(
+        "  ".join([f"Cllr {calibrated.cllr:.4f} (at best {calibrated.min_cllr:.4f})", *decisions])
+        + f"  (calibrated on {calibrated.fitted_on}{', which flatters' if flatters else ''})"
+    )
+    return lines
 
 
 @app.command(epilog="Example: cel embed --model runs/cel corpus/eval --out embeddings.npz")

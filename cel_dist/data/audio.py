@@ -26,6 +26,7 @@ AUDIO_SUFFIXES = FFMPEG_SUFFIXES | {
 
 _INT16_SCALE = 32_768.0
 _VALUES_AT_ONCE = 1 << 20
+_LONGEST_FRAMES = 1 << 40
 _SOURCE_RATES_HZ = (1_000, 768_000)
 # Dither of an otherwise silent recording moves the last bit or two; the quietest real recording moves far more.
 _SILENT_RANGE = 4
@@ -110,6 +111,23 @@ def _converted_blocks(
         # A short block is the end: the frame count in the header of a streamed or compressed file is a guess.
         if len(block) < frames:
             return
+
+
+def audio_seconds(path: Path) -> float:
+    """Duration of an audio file, from its header where that tells, else from decoding it.
+
+    Raises:
+        AudioError: as `read_audio`.
+    """
+    if not needs_ffmpeg(path):
+        try:
+            header = soundfile.info(os.fsencode(path))
+        except (soundfile.SoundFileError, OSError) as error:
+            raise AudioError("unreadable", getattr(error, "error_string", None) or str(error)) from None
+        # Streamed files state no length, or the largest number there is.
+        if 0 < header.frames < _LONGEST_FRAMES and header.samplerate > 0:
+            return float(header.frames / header.samplerate)
+    return len(read_audio(path)) / SAMPLE_RATE
 
 
 def require_usable(samples: npt.NDArray[np.int16], min_samples: int) -> None:

@@ -1,136 +1,48 @@
 """Evaluation of a model on a list of trials."""
 
-import io
 import os
-from collections.abc import Mapping
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from cel_dist.data.files import atomic_write, require_folder_or_nothing
+from cel_dist.data.audio import AudioError, audio_seconds
+from cel_dist.data.files import require_folder_or_nothing
 from cel_dist.description import Calibration
 from cel_dist.distributed import World
-from cel_dist.errors import RunError
-from cel_dist.evaluation.calibration import fit_calibration
+from cel_dist.errors import CelError
+from cel_dist.evaluation.bootstrap import bootstrap_intervals
+from cel_dist.evaluation.calibration import fingerprint, fit_calibration
+from cel_dist.evaluation.cohort import BackEndSettings, Cohort, fitted_back_end
 from cel_dist.evaluation.cutting import BATCH_SECONDS
 from cel_dist.evaluation.embed import Progress, embed_trials, raised_together
+from cel_dist.evaluation.lists import speakers_of_files
+from cel_dist.evaluation.result import CalibrationReport, Evaluation
 from cel_dist.evaluation.scoring import score_trials
 from cel_dist.evaluation.trials import Trials
-from cel_dist.metrics import eer, eer_threshold, min_dcf
+from cel_dist.metrics import RankedTrials, act_dcf, cllr
 from cel_dist.model import SpeakerModel
 from cel_dist.utterance import MAX_WHOLE_SECONDS
 
-SCORES_FILE = "scores.txt"
-EMBEDDINGS_FILE = "embeddings.npz"
-DET_FILE = "det.png"
-HISTOGRAM_FILE = "scores.png"
-
-_PRIORS = ("0.01", "0.05")
+PRIORS = ("0.01", "0.05")
 
 
 @dataclass(frozen=True)
-class Evaluation:
-    """What a model does on a list of M trials over N utterances.
+class BootstrapSettings:
+    """Intervals over speakers: see `bootstrap_intervals`.
 
     Attributes:
-        eer: equal error rate, a fraction.
-        min_dcf: normalised minimum detection cost by prior of a target trial ("0.01", "0.05"), both costs 1.
-        threshold: score at the equal error rate; a trial is accepted at or above it.
-        calibration: score to probability, fitted on these trials.
-        trials: the trials, with their labels.
-        scores: float64 [M].
-        embeddings: float32 [N, D] or [N, windows, D], row i for `trials.files[i]`.
+        replicates: how often speakers are drawn.
+        seed: of the draws.
+        speakers: list of lines `path speaker`. Default: the first folder of a path is its speaker.
     """
 
-    eer: float
-    min_dcf: dict[str, float]
-    threshold: float
-    calibration: Calibration
-    trials: Trials
-    scores: NDArray[np.float64]
-    embeddings: NDArray[np.float32]
-
-    @property
-    def labels(self) -> NDArray[np.int8]:
-        """int8 [M], 1 for target trials."""
-        return self.trials.labels
-
-    def summary(self) -> dict[str, Any]:
-        """The numbers as JSON values; `trials` and `utterances` are counts."""
-        return {
-            "eer": self.eer,
-            "min_dcf": self.min_dcf,
-            "trials": len(self.trials),
-            "utterances": len(self.trials.files),
-            "threshold": self.threshold,
-            "calibration": self.calibration.model_dump(),
-        }
-
-    def write(self, folder: str | os.PathLike[str]) -> dict[str, Path]:
-        """Write what `write_scores` does, and the pictures `det.png` and `scores.png`.
-
-        Returns:
-            The paths under `scores`, `embeddings`, `det` and `histogram`.
-
-        Raises:
-            RunError: the folder cannot be written.
-        """
-        from cel_dist.evaluation import plots
-
-        pictures = {
-            "det": (DET_FILE, plots.det_plot({"": (self.scores, self.labels)})),
-            "histogram": (HISTOGRAM_FILE, plots.score_histogram(self.scores, self.labels, threshold=self.threshold)),
-        }
-        return {**self.write_scores(folder), **_write_files(Path(folder), pictures)}
-
-    def write_scores(self, folder: str | os.PathLike[str]) -> dict[str, Path]:
-        """Write `scores.txt` (lines `label enrol test score`) and `embeddings.npz` (`names` [N], `embeddings`).
-
-        Blanks separate the columns, or tabs if the name of a file holds white space.
-
-        Returns:
-            The paths under `scores` and `embeddings`.
-
-        Raises:
-            RunError: the folder cannot be written.
-        """
-        packed = io.BytesIO()
-        np.savez(packed, names=np.array(self.trials.files), embeddings=self.embeddings)
-        contents = {
-            "scores": (SCORES_FILE, self._score_lines().encode()),
-            "embeddings": (EMBEDDINGS_FILE, packed.getvalue()),
-        }
-        return _write_files(Path(folder), contents)
-
-    def _score_lines(self) -> str:
-        files = self.trials.files
-        rows = zip(
-            self.labels.tolist(),
-            self.trials.enrol.tolist(),
-            self.trials.test.tolist(),
-            self.scores.tolist(),
-            strict=True,
-        )
-        gap = " " if all(len(name.split()) == 1 for name in files) else "\t"
-        return "".join(
-            gap.join((str(label), files[enrol], files[test], f"{score:.8f}\n")) for label, enrol, test, score in rows
-        )
-
-
-def _write_files(folder: Path, contents: Mapping[str, tuple[str, bytes]]) -> dict[str, Path]:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        for name, content in contents.values():
-            with atomic_write(folder / name) as stream:
-                stream.write(content)
-    except OSError as error:
-        raise RunError(
-            f"cannot write the evaluation to {folder}: {error.strerror}; check space and permissions"
-        ) from error
-    return {kind: folder / name for kind, (name, _) in contents.items()}
+    replicates: int = 1000
+    seed: int = 0
+    speakers: Path | None = None
 
 
 def evaluate(
@@ -146,6 +58,10 @@ def evaluate(
     world: World | None = None,
     out: str | os.PathLike[str] | None = None,
     progress: Progress | None = None,
+    back_end: BackEndSettings | None = None,
+    quality: Literal["duration"] | None = None,
+    priors: Sequence[str] = PRIORS,
+    bootstrap: BootstrapSettings | None = None,
 ) -> Evaluation:
     """Embed the utterances of a trials file, score its trials and measure the errors.
 
@@ -164,41 +80,130 @@ def evaluate(
         world: this rank's place in the job. Default: one process.
         out: where rank 0 writes what `Evaluation.write` does. Default: nothing is written.
         progress: told after each utterance of this rank.
+        back_end: how scores are made. Default: as the model has it.
+        quality: what the calibration knows besides the score.
+        priors: of a target trial, as text, for minDCF and actDCF.
+        bootstrap: ask for intervals over speakers.
 
     Raises:
-        CelError: a setting is out of range, the trials file is at fault, audio is missing or unreadable, or `out` is a
-            file.
+        CelError: a setting is out of range, the trials file or another list is at fault, audio is missing or
+            unreadable, or `out` is a file.
         RunError: the encoder's output is not finite, or `out` cannot be written.
     """
     world = world or World()
+    _check_settings(model, frames, priors, back_end)
+    stored = model.description.calibration
+    if frames or back_end is not None or quality is not None:
+        # It was fitted on other scores than these.
+        stored = None
+    cohort, speakers, seconds = None, None, None
     with raised_together(world):
         if out is not None:
             require_folder_or_nothing(Path(out))
         listed = trials if isinstance(trials, Trials) else Trials.read(trials)
-    embeddings = embed_trials(
-        model,
-        root,
-        listed,
-        frames=frames,
-        windows=windows,
-        windows_as=windows_as,
-        segment_seconds=segment_seconds,
-        batch_seconds=batch_seconds,
-        world=world,
-        progress=progress,
-    )
-    scores = score_trials(embeddings, listed)
+        if bootstrap is not None:
+            speakers = speakers_of_files([recording[0].path for recording in listed.recordings], bootstrap.speakers)
+        if back_end is not None:
+            cohort = Cohort.read(back_end, root, listed.files)
+    how: dict[str, Any] = {
+        "frames": frames,
+        "windows": windows,
+        "windows_as": windows_as,
+        "segment_seconds": segment_seconds,
+        "batch_seconds": batch_seconds,
+        "world": world,
+        "progress": progress,
+    }
+    embeddings = embed_trials(model, root, listed, **how)
+    chosen = model.back_end
+    if back_end is not None:
+        chosen = fitted_back_end(cohort.embed(model, **how) if cohort else None, back_end)
+    with raised_together(world):
+        if quality is not None or (stored is not None and stored.quality):
+            seconds = _shorter_seconds(Path(root), listed)
+    scores = score_trials(embeddings, listed, chosen)
+    ranked = RankedTrials(scores, listed.labels)
+    mark = {"trials": listed.origin, "trials_sha256": fingerprint(listed)}
+    fitted = fit_calibration(scores, listed.labels, seconds if quality else None).model_copy(update=mark)
+    threshold = ranked.eer_threshold
+    if fitted.quality:
+        threshold = RankedTrials(fitted.compensated(scores, seconds), listed.labels).eer_threshold
+    intervals = None
+    if bootstrap is not None and speakers is not None:
+        intervals = bootstrap_intervals(
+            ranked, listed, speakers, priors=priors, replicates=bootstrap.replicates, seed=bootstrap.seed
+        )
     evaluation = Evaluation(
-        eer=eer(scores, listed.labels),
-        min_dcf={prior: min_dcf(scores, listed.labels, p_target=float(prior)) for prior in _PRIORS},
-        threshold=eer_threshold(scores, listed.labels),
-        calibration=fit_calibration(scores, listed.labels),
+        eer=ranked.eer,
+        min_dcf={prior: ranked.min_dcf(float(prior)) for prior in priors},
+        threshold=threshold,
+        calibration=fitted,
         trials=listed,
         scores=scores,
         embeddings=embeddings,
+        calibrated=_calibration_report(stored, fitted, scores, listed.labels, seconds, priors),
+        back_end=chosen,
+        cohort=_cohort_name(model, back_end),
+        intervals=intervals,
     )
     if out is not None:
         with raised_together(world):
             if world.is_main:
                 evaluation.write(out)
     return evaluation
+
+
+def _check_settings(model: SpeakerModel, frames: int, priors: Sequence[str], back_end: BackEndSettings | None) -> None:
+    if frames and back_end is None and model.back_end.score_norm is not None:
+        raise CelError(
+            "the cohort stored with the model was embedded as whole utterances and says nothing of windows; leave out "
+            "--frames, or give --score-norm and --cohort again"
+        )
+    for prior in priors:
+        try:
+            fits = 0 < float(prior) < 1
+        except ValueError:
+            fits = False
+        if not fits:
+            raise CelError(f"the prior '{prior}' is no probability between 0 and 1, both excluded; write 0.01, 0.05")
+
+
+def _shorter_seconds(root: Path, trials: Trials) -> NDArray[np.float64]:
+    """Duration of the shorter utterance of each trial, float64 [M]."""
+    durations = np.zeros(len(trials.files))
+    for place, excerpts in enumerate(trials.recordings):
+        for excerpt in excerpts:
+            try:
+                whole = audio_seconds(root / excerpt.path)
+            except AudioError as error:
+                raise CelError(f"{root / excerpt.path} cannot be read as audio ({error}); leave it out") from None
+            durations[place] += min(whole, excerpt.end_seconds or whole) - excerpt.start_seconds
+    return np.minimum(durations[trials.enrol], durations[trials.test])
+
+
+def _calibration_report(
+    stored: Calibration | None,
+    fitted: Calibration,
+    scores: NDArray[np.float64],
+    labels: NDArray[np.int8],
+    seconds: NDArray[np.float64] | None,
+    priors: Sequence[str],
+) -> CalibrationReport:
+    is_other_list = stored is not None and stored.trials_sha256 != fitted.trials_sha256
+    applied = stored or fitted
+    ratios = applied.log_likelihood_ratios(scores, seconds)
+    ranked = RankedTrials(ratios, labels)
+    return CalibrationReport(
+        fitted_on=(applied.trials or "an unknown list") if is_other_list else "these trials",
+        cllr=cllr(ratios, labels),
+        min_cllr=ranked.min_cllr(),
+        act_dcf={prior: act_dcf(ratios, labels, float(prior)) for prior in priors},
+        eer=ranked.eer,
+    )
+
+
+def _cohort_name(model: SpeakerModel, back_end: BackEndSettings | None) -> str | None:
+    if back_end is not None:
+        return None if back_end.cohort is None else back_end.cohort.name
+    stored = model.description.back_end
+    return None if stored is None else stored.cohort

@@ -12,11 +12,11 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, NDArray
 from scipy.special import ndtri
 
 from cel_dist.evaluation.projection import neighbour_map
-from cel_dist.metrics import det_points, eer
+from cel_dist.metrics import RankedTrials
 
 Format: TypeAlias = Literal["png", "svg"]
 
@@ -25,6 +25,7 @@ _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#
 _GREY = "#666666"
 _MARKERS = "o^sDvP*X"
 _DET_TICKS = (0.0001, 0.001, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.4, 0.6, 0.8)
+_PIXELS_A_DEVIATE = 400
 _MAX_MAP_POINTS = 500
 _MAX_NAMED_SPEAKERS = 24
 _STYLE = {
@@ -64,14 +65,16 @@ def det_plot(curves: Mapping[str, tuple[ArrayLike, ArrayLike]], *, picture: Form
         axes = figure.subplots()
         smallest = 0.2
         for colour, (name, (scores, labels)) in zip(_cycle(len(curves)), curves.items(), strict=True):
-            false_accepts, false_rejects, _ = det_points(scores, labels)
-            targets = np.asarray(labels) == 1
+            ranked = RankedTrials(scores, labels)
+            false_accepts, false_rejects, _ = ranked.det_points
+            targets = ranked.is_target
             # Below one error in this list nothing was measured: the curve ends at the margin.
             floor = 0.5 / max(targets.sum(), (~targets).sum())
             smallest = min(smallest, floor)
-            rate = eer(scores, labels)
+            rate = ranked.eer
             legend = f"{name}: EER {rate:.2%}" if name else f"EER {rate:.2%}"
             x, y = (ndtri(np.clip(rates, floor, 1 - floor)) for rates in (false_accepts, false_rejects))
+            x, y = _visible(x, y)
             axes.plot(x, y, color=colour, linewidth=1.8, label=legend)
             corner = ndtri(np.clip(rate, floor, 1 - floor))
             axes.plot([corner], [corner], "o", color=colour, markersize=6)
@@ -107,11 +110,12 @@ def score_histogram(
         kinds = (("different speakers", ~targets, _COLOURS[1]), ("same speaker", targets, _COLOURS[0]))
         for name, chosen, colour in kinds:
             text = f"{name} ({chosen.sum()} trials)"
-            axes.hist(values[chosen], edges, density=True, color=colour, alpha=0.25)
-            axes.hist(values[chosen], edges, density=True, color=colour, histtype="step", linewidth=1.6, label=text)
+            density, _ = np.histogram(values[chosen], edges, density=True)
+            axes.stairs(density, edges, fill=True, color=colour, alpha=0.25)
+            axes.stairs(density, edges, color=colour, linewidth=1.6, label=text)
         if threshold is not None:
             axes.axvline(threshold, color=_GREY, linestyle="--", linewidth=1.2, label=f"threshold {threshold:.3f}")
-        axes.set(xlabel="score (minus the distance of the embeddings)", ylabel="density")
+        axes.set(xlabel="score", ylabel="density")
         figure.legend(loc="outside upper left", ncols=2, fontsize=9, columnspacing=1.2, handlelength=1.4)
         return _render(figure, picture)
 
@@ -170,6 +174,14 @@ def speaker_map(embeddings: ArrayLike, speakers: Sequence[str], *, picture: Form
         if is_named:
             figure.legend(loc="outside right upper", ncols=1, fontsize=8, handletextpad=0.2)
         return _render(figure, picture)
+
+
+def _visible(x: NDArray[np.float64], y: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """A curve [P] without the points that would fall on the pixel of the one before."""
+    pixels = np.rint(np.stack([x, y]) * _PIXELS_A_DEVIATE)
+    moved = np.append(True, (pixels[:, 1:] != pixels[:, :-1]).any(axis=0))
+    moved[-1] = True
+    return x[moved], y[moved]
 
 
 def _draw_series(axes: Axes, title: str, series: Mapping[str, Any]) -> None:

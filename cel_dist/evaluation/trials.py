@@ -4,6 +4,7 @@ import logging
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -36,6 +37,7 @@ class Trials:
         test: int32 [M], indices into `files`.
         sources: what to embed for an utterance, by its name, with paths relative to the root; without an entry, the
             whole file of that name. The embedding of several is the mean of theirs.
+        origin: name of the list.
     """
 
     files: list[str]
@@ -43,6 +45,7 @@ class Trials:
     enrol: NDArray[np.int32]
     test: NDArray[np.int32]
     sources: Mapping[str, tuple[Excerpt, ...]] = field(default_factory=dict)
+    origin: str = "trials"
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -95,6 +98,7 @@ class Trials:
             np.ascontiguousarray(both[:, 0]),
             np.ascontiguousarray(both[:, 1]),
             {name: sources[name] for name in numbering if name in sources},
+            Path(path).name,
         )
         lines_at = np.concatenate(numbers)
         if trials.labels.min() == trials.labels.max():

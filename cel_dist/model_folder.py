@@ -1,0 +1,130 @@
+"""The files of a model. A model folder holds two or three files and no pickles:
+
+encoder.safetensors    the encoder's parameters and buffers
+model.json             `ModelDescription`: what the tensors are, how to score, where they come from
+back_end.safetensors   `mean` [D] and `cohort` [K, D] of the back end, if it has any, float32
+"""
+
+import os
+import secrets
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from safetensors.torch import save as to_safetensors
+from torch import Tensor
+
+from cel_dist.back_end import BackEnd
+from cel_dist.description import DESCRIPTION_FILE, BackEndDescription, ModelDescription
+from cel_dist.errors import CelError, RunError
+
+WEIGHTS_FILE = "encoder.safetensors"
+BACK_END_FILE = "back_end.safetensors"
+MODEL_FILES = (WEIGHTS_FILE, DESCRIPTION_FILE, BACK_END_FILE)
+
+
+def write_model_folder(
+    folder: str | os.PathLike[str], tensors: Mapping[str, Tensor], description: ModelDescription, back_end: BackEnd
+) -> None:
+    """Write a model folder in one step: it is there whole, or not at all. An older model there is replaced.
+
+    Args:
+        folder: new, or that of an older model.
+        tensors: of the encoder, on the CPU and contiguous.
+        description: goes into `model.json`.
+        back_end: whose arrays are written, if it has any.
+
+    Raises:
+        CelError: the folder holds other files than a model.
+        RunError: the folder cannot be written.
+    """
+    target = Path(folder).resolve()
+    _refuse_other_content(target)
+    unique = f".{target.name}.{os.getpid()}.{secrets.token_hex(4)}"
+    fresh, former = target.with_name(unique + ".new"), target.with_name(unique + ".old")
+    try:
+        fresh.mkdir(parents=True)
+        # Not `save_file`, whose files only their owner can read: models are shared.
+        (fresh / WEIGHTS_FILE).write_bytes(to_safetensors(dict(tensors), metadata={"format": "pt"}))
+        if arrays := _arrays(back_end):
+            (fresh / BACK_END_FILE).write_bytes(to_safetensors(arrays, metadata={"format": "pt"}))
+        (fresh / DESCRIPTION_FILE).write_text(description.model_dump_json(indent=2) + "\n", encoding="utf-8")
+        if target.exists():
+            target.replace(former)
+        fresh.replace(target)
+    except OSError as error:
+        shutil.rmtree(fresh, ignore_errors=True)
+        if former.exists():
+            former.replace(target)
+        raise RunError(
+            f"cannot write the model folder {target}: {error.strerror}; check space and permissions"
+        ) from error
+    shutil.rmtree(former, ignore_errors=True)
+
+
+def read_weights(folder: Path) -> dict[str, Tensor]:
+    """The tensors of the encoder.
+
+    Raises:
+        CelError: the file is missing or damaged.
+    """
+    return _tensors(folder / WEIGHTS_FILE)
+
+
+def read_back_end(folder: Path, description: ModelDescription) -> BackEnd:
+    """The back end that `description`, of the same folder, describes.
+
+    Raises:
+        CelError: its file is missing, damaged, or of another model.
+    """
+    stored = description.back_end
+    if stored is None:
+        return BackEnd(scoring=description.scoring)
+    path = folder / BACK_END_FILE
+    arrays = {name: tensor.float().numpy() for name, tensor in _tensors(path).items()}
+    needed = {name for name, wanted in (("mean", stored.mean_subtracted), ("cohort", stored.score_norm)) if wanted}
+    fits = all(rows.shape[-1] == description.encoder.embedding_dim for rows in arrays.values())
+    if arrays.keys() != needed or not fits:
+        raise CelError(f"{path} is not the back end that {DESCRIPTION_FILE} describes; copy the whole folder again")
+    return BackEnd(description.scoring, arrays.get("mean"), stored.score_norm, arrays.get("cohort"), stored.top_n)
+
+
+def described(back_end: BackEnd, cohort: str | None) -> BackEndDescription | None:
+    """What `model.json` says of a back end made from the list `cohort`; None for embeddings scored as they are."""
+    if back_end.mean is None and back_end.score_norm is None:
+        return None
+    return BackEndDescription(
+        mean_subtracted=back_end.mean is not None,
+        score_norm=back_end.score_norm,
+        top_n=back_end.top_n,
+        cohort=cohort,
+    )
+
+
+def _arrays(back_end: BackEnd) -> dict[str, Tensor]:
+    arrays = {"mean": back_end.mean, "cohort": back_end.cohort}
+    return {name: torch.from_numpy(np.ascontiguousarray(rows)) for name, rows in arrays.items() if rows is not None}
+
+
+def _tensors(path: Path) -> dict[str, Tensor]:
+    try:
+        tensors: dict[str, Tensor] = load_file(path)
+    except FileNotFoundError:
+        raise CelError(f"{path} is missing; {DESCRIPTION_FILE} alone is no model, copy the whole folder") from None
+    except (OSError, SafetensorError) as error:
+        raise CelError(f"{path} is damaged ({error}); copy or export the model again") from None
+    return tensors
+
+
+def _refuse_other_content(folder: Path) -> None:
+    if not folder.exists():
+        return
+    if not folder.is_dir():
+        raise CelError(f"{folder} is a file; give a new folder for the model")
+    others = sorted(entry.name for entry in folder.iterdir() if entry.name not in MODEL_FILES)
+    if others:
+        raise CelError(f"{folder} holds other files than a model (first {others[0]}); give a new folder for the model")
