@@ -29,7 +29,7 @@ HEADS: dict[str, tuple[type[ClassificationHead], dict[str, Any]]] = {
 PLACES = {"replicated": False, "sharded": True}
 STAGES = [0, 1, 2, 3]
 # So many weights that ZeRO-3 does not keep them whole.
-ENGINE_CLASSES, BATCH, FEATURES, STEPS, RATE = 3301, 12, (40, 6), 3, 1e-3
+ENGINE_CLASSES, BATCH, FEATURES, STEPS, RATE = 6301, 12, (40, 6), 3, 1e-3
 
 
 def rows() -> Tensor:
@@ -104,7 +104,7 @@ def new_objective(group: Any, sharded: bool) -> Any:
     from cel_dist.training.objective import Objective
 
     torch.manual_seed(0)
-    head = ArcFace(DIM, ENGINE_CLASSES, sub_centres=2, group=group, sharded=sharded, seed=3)
+    head = ArcFace(DIM, ENGINE_CLASSES, group=group, sharded=sharded, seed=3)
     return Objective(SmallEncoder(), SupervisedLoss(head, group=group, skip_unusable=True), "separate")
 
 
@@ -120,7 +120,7 @@ def sharded_optimizer(objective: Any) -> torch.optim.Optimizer | None:
     return torch.optim.AdamW(shard, lr=RATE, weight_decay=0.0) if shard else None
 
 
-def train_with_an_engine(stage: int, sharded: bool) -> dict[str, Any]:
+def train_with_an_engine(stage: int, sharded: bool, chunks: int) -> dict[str, Any]:
     """Train on this rank's rows, with a batch in between that is of no use."""
     from cel_dist.config_file import parse_config
     from cel_dist.engine import Engine
@@ -129,14 +129,14 @@ def train_with_an_engine(stage: int, sharded: bool) -> dict[str, Any]:
     settings = {
         "data": {"shards": "none"},
         "augment": {"profile": 0},
-        "train": {"batch_size": BATCH},
+        "train": {"batch_size": BATCH, "encode_chunks": chunks},
         "engine": {"zero_stage": stage},
         "optim": {"clip_norm": 0.0, "weight_decay": 0.0},
     }
     objective = new_objective(dist.group.WORLD, sharded)
     engine = Engine(objective, parse_config(settings, "test"), world, torch.device("cpu"))
     optimizer = sharded_optimizer(objective)
-    own, losses = world.rows(BATCH), []
+    own, losses, norms = world.rows(BATCH), [], []
     for number, (features, labels) in enumerate(batches()):
         if number == 1:
             damaged = features[own].clone()
@@ -151,6 +151,9 @@ def train_with_an_engine(stage: int, sharded: bool) -> dict[str, Any]:
         losses.append(engine.forward_backward(features[own], labels[own]).loss.item())
         if stage == 3 and not sharded:
             assert objective.loss.head.weight.numel() < ENGINE_CLASSES
+        squares = [tensor.grad.square().sum() for tensor in objective.loss.head.sharded_parameters().values()]
+        of_shards = Exchange(dist.group.WORLD, "gather").total(sum(squares, start=torch.zeros(())))
+        norms.append((engine.gradient_norm().square() + of_shards).sqrt().item())
         engine.step(RATE)
         if optimizer:
             optimizer.step()
@@ -158,21 +161,22 @@ def train_with_an_engine(stage: int, sharded: bool) -> dict[str, Any]:
     encoder = engine.encoder_state()
     with engine._whole(objective.get_submodule("loss")):
         weight = objective.loss.head.class_weights()["weight"]
-    return {"losses": losses, "problem": problem, "weight": weight, **encoder}
+    return {"losses": losses, "norms": norms, "problem": problem, "weight": weight, **encoder}
 
 
 def train_plainly() -> dict[str, Any]:
     objective = new_objective(None, False)
     optimizer = torch.optim.AdamW(objective.parameters(), lr=RATE, weight_decay=0.0)
-    losses = []
+    losses, norms = [], []
     for features, labels in batches():
         optimizer.zero_grad()
         output: LossOutput = objective("whole", features, labels)
         output.loss.backward()
         losses.append(output.loss.item())
+        norms.append(nn.utils.get_total_norm([parameter.grad for parameter in objective.parameters()]).item())
         optimizer.step()
     weight = objective.loss.head.class_weights()["weight"]
-    return {"losses": losses, "weight": weight, **objective.encoder.state_dict()}
+    return {"losses": losses, "norms": norms, "weight": weight, **objective.encoder.state_dict()}
 
 
 def compute(rank: int, world_size: int) -> dict[str, Any]:
@@ -202,7 +206,7 @@ def work_with_engines() -> dict[str, Any]:
     world = World.from_environment()
     start_process_group(world)
     result = compute(world.rank, world.size)
-    cases = [(stage, False) for stage in STAGES] + [(0, True), (3, True)]
+    cases = [(stage, False, 1) for stage in STAGES] + [(0, True, 1), (3, True, 2), (3, False, 2)]
     result["engines"] = {case: train_with_an_engine(*case) for case in cases}
     stop_process_group()
     return result
@@ -271,11 +275,17 @@ def test_engines_of_every_stage_train_the_weights_as_one_process_does(ranks: lis
         assert "engines" not in ranks[0]
         return
     expected = train_plainly()
-    first = new_objective(None, False).loss.head.weight
-    assert (expected["weight"] - first).abs().max() > 1e-3
+    first = new_objective(None, False)
+    before = {"weight": first.loss.head.weight.detach(), **first.encoder.state_dict()}
     for result in ranks:
         for case, found in result["engines"].items():
             assert re.match("rank 1 has embeddings that are not finite in 1 of 6", found["problem"]), case
             assert found["losses"] == pytest.approx(expected["losses"], rel=2e-6), case
-            for name in found.keys() - {"losses", "problem"}:
-                torch.testing.assert_close(found[name], expected[name], rtol=0, atol=2e-6, msg=f"{case} {name}")
+            # A step of Adam does not tell a gradient from a multiple of it.
+            assert found["norms"] == pytest.approx(expected["norms"], rel=1e-5), case
+            for name, start in before.items():
+                # Adam makes a whole step of a gradient that is next to nothing but rounding, so a few numbers of a
+                # hundred thousand are off by some 1e-3 of a step.
+                error, change = (found[name] - expected[name]).norm(), (expected[name] - start).norm()
+                assert change > 1e-3
+                assert error < 5e-5 * change, (case, name)
