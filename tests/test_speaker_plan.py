@@ -169,6 +169,11 @@ def test_what_fills_no_batch_is_another_part_each_time():
     for epoch in range(40):
         reached |= set(np.concatenate([batch.utterances.ravel() for batch in epoch_of(ordered, epoch)]).tolist())
     assert len(reached) == len(ordered) == sum(COUNTS)
+    # Five of 140 groups are not one speaker's.
+    even = plan([20] * 14, speakers=9)
+    assert (even.steps_per_epoch, even.num_left_out) == (15, 10)
+    drawn = [np.concatenate([batch.ids for batch in epoch_of(even, epoch)]) for epoch in range(10)]
+    assert np.mean([10 - np.bincount(ids).min() for ids in drawn]) < 2.5
 
 
 def test_wrapping_adds_a_batch_that_takes_everything():
