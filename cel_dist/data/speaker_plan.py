@@ -120,8 +120,8 @@ class SpeakerPlan:
             raise CelError(
                 f"train.batch_size={speakers_per_batch} is more speakers than there are: {len(speakers)} of "
                 f"{len(counts)} have {fewest} or more utterances that are long enough (a segment is "
-                f"{segment_samples / 16000:.2f} s, data.short={short}, labels.too_few={too_few}); lower the batch size, "
-                "or prepare more speakers"
+                f"{segment_samples / 16000:.2f} s, data.short={short}, labels.too_few={too_few}); lower the "
+                "batch size, or prepare more speakers"
             )
         drawn: list[str] = index.speaker_names[speakers].tolist()
         self.class_names = drawn if class_names is None else list(class_names)
