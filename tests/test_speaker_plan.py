@@ -169,6 +169,11 @@ def test_what_fills_no_batch_is_another_part_each_time():
     for epoch in range(40):
         reached |= set(np.concatenate([batch.utterances.ravel() for batch in epoch_of(ordered, epoch)]).tolist())
     assert len(reached) == len(ordered) == sum(COUNTS)
+    # Five of 140 groups are not one speaker's.
+    even = plan([20] * 14, speakers=9)
+    assert (even.steps_per_epoch, even.num_left_out) == (15, 10)
+    drawn = [np.concatenate([batch.ids for batch in epoch_of(even, epoch)]) for epoch in range(10)]
+    assert np.mean([10 - np.bincount(ids).min() for ids in drawn]) < 2.5
 
 
 def test_wrapping_adds_a_batch_that_takes_everything():
@@ -218,6 +223,23 @@ def test_ids_are_places_among_the_sorted_names_of_who_is_drawn():
             for batch in epoch_of(ordered, epoch):
                 names = index.speaker_names[speakers[batch.utterances]]
                 assert (names == np.array(ordered.class_names)[batch.ids][:, None]).all()
+
+
+def test_the_classes_of_a_head_that_is_there_are_kept():
+    speakers = spoken([6] * 6)
+    # Longer segments, for which the utterances of speaker 2 are too short.
+    index = index_of(speakers, np.where(speakers == 2, SEGMENT - 1, SEGMENT))
+    names = ["id004", "nobody", "id002", "id000", "id005"]
+    ordered = plan_of(index, 3, class_names=names)
+    assert ordered.class_names == names
+    assert (len(ordered), ordered.num_speakers_left_out) == (18, 3)
+    ids = set()
+    for batch in epoch_of(ordered, 0):
+        assert (index.speaker_names[speakers[batch.utterances]] == np.array(names)[batch.ids][:, None]).all()
+        ids |= set(batch.ids.tolist())
+    assert ids == {0, 3, 4}
+    with pytest.raises(CelError, match=r"train.batch_size=4 is more speakers than there are: 3 of 6"):
+        plan_of(index, 4, class_names=names)
 
 
 @pytest.mark.parametrize(("short", "length", "usable"), [("drop", 99, 0), ("overlap", 99, 0), ("repeat", 10, 20)])

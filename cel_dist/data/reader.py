@@ -105,16 +105,18 @@ class SegmentReader:
         Returns:
             what could not be read, by row and utterance.
         """
-        num_views = utterances.shape[1]
         first_view = (utterances[:, :, None] == utterances[:, None, :]).argmax(axis=2)
-        rows, views = np.nonzero(first_view == np.arange(num_views))
+        rows, views = np.nonzero(first_view == np.arange(utterances.shape[1]))
         samples = utterances[rows, views]
+        # Of short lists, Python's own are the fastest.
+        firsts, begins = first_view.tolist(), starts.tolist()
         faults: dict[tuple[int, int], SampleFault] = {}
         # In the order of the bytes: it spares a disk the seeks, and one shard after the other is open.
         for place in np.lexsort((self._index.offset[samples], self._index.shard[samples])).tolist():
-            row, sample = int(rows[place]), int(samples[place])
-            same = np.flatnonzero(first_view[row] == views[place]).tolist()
-            fault = self._read_utterance(sample, starts[row, same].tolist(), [segments[row, view] for view in same])
+            row, view, sample = int(rows[place]), int(views[place]), int(samples[place])
+            same = [other for other, first in enumerate(firsts[row]) if first == view]
+            parts = [segments[row, other] for other in same]
+            fault = self._read_utterance(sample, [begins[row][other] for other in same], parts)
             if fault is not None:
                 faults[row, sample] = fault
         return faults

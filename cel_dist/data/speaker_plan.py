@@ -7,7 +7,7 @@ A speaker has at most one group in a batch. So the number of batches is the larg
 where g_s are the groups that speaker s has in an epoch; that so many can be made, `_deal` shows.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -24,11 +24,11 @@ _Small = npt.NDArray[np.int32]
 
 
 class _Epoch(NamedTuple):
-    """The usable utterances [n], by class and shuffled inside each; and the groups of the batches: their classes
-    [B, K], and their numbers among the groups of their class [B, K]."""
+    """The usable utterances [n], by speaker and shuffled inside each; and the groups of the batches: their speakers
+    [B, K], by number among those that are drawn, and their numbers among the groups of their speaker [B, K]."""
 
     utterances: _Small
-    classes: _Small
+    speakers: _Small
     numbers: _Small
 
 
@@ -55,13 +55,16 @@ class SpeakerPlan:
         short: what happens to utterances shorter than T. `drop` and `overlap` leave them out; they are the same here,
             where an utterance gives one segment. `repeat` repeats their audio.
         seed: seed of order and segments.
+        class_names: the classes of a head that is there already, in its order: for segments of another length, or on
+            other shards. Other speakers are left out; who has no usable utterances is never drawn. Default: those that
+            are drawn, sorted.
         remainder: what happens to groups that do not fill a batch. `drop` leaves them out of this epoch, others the
             next time. `wrap` adds a batch, for which some speakers have one group more than they would.
 
     Attributes:
-        class_names: the speakers that are drawn, sorted; `PlannedBatch.ids` are places in it.
+        class_names: the speakers of the classes; `PlannedBatch.ids` are places in it.
         num_unlabelled: utterances without a speaker.
-        num_speakers_left_out: speakers that are no classes, for want of usable utterances.
+        num_speakers_left_out: speakers that are never drawn.
         num_left_out: segments an epoch that were planned and find no place in a batch.
 
     Raises:
@@ -84,6 +87,7 @@ class SpeakerPlan:
         short: ShortPolicy,
         seed: int,
         remainder: Remainder = "drop",
+        class_names: Sequence[str] | None = None,
     ) -> None:
         self.segment_samples = segment_samples
         self.batch_size = speakers_per_batch
@@ -105,26 +109,32 @@ class SpeakerPlan:
                 "with --labels FILE (lines 'path speaker'), or with a --recipe that knows the speakers"
             )
         self.num_short = int(np.count_nonzero(is_labelled & is_short))
-        usable = np.flatnonzero(is_labelled if short == "repeat" else is_labelled & ~is_short)
+        usable = np.flatnonzero(is_labelled & (index.samples > 0 if short == "repeat" else ~is_short))
         speaker = index.speaker[usable]
         counts = np.bincount(speaker, minlength=len(index.speaker_names))
+        if class_names is not None:
+            counts[~np.isin(index.speaker_names, np.array(class_names))] = 0
         fewest = utterances_per_speaker if too_few == "drop" else 1
-        classes = np.flatnonzero(counts >= fewest)
-        if len(classes) < speakers_per_batch:
+        speakers = np.flatnonzero(counts >= fewest)
+        if len(speakers) < speakers_per_batch:
             raise CelError(
-                f"train.batch_size={speakers_per_batch} is more speakers than there are: {len(classes)} of "
-                f"{len(counts)} have {fewest} or more utterances of at least "
-                f"{(1 if short == 'repeat' else segment_samples) / 16000:.2f} s (data.short={short}, "
-                f"labels.too_few={too_few}); lower the batch size, or prepare more speakers"
+                f"train.batch_size={speakers_per_batch} is more speakers than there are: {len(speakers)} of "
+                f"{len(counts)} have {fewest} or more utterances that are long enough (a segment is "
+                f"{segment_samples / 16000:.2f} s, data.short={short}, labels.too_few={too_few}); lower the "
+                "batch size, or prepare more speakers"
             )
-        self.class_names: list[str] = index.speaker_names[classes].tolist()
-        self.num_speakers_left_out = len(counts) - len(classes)
+        drawn: list[str] = index.speaker_names[speakers].tolist()
+        self.class_names = drawn if class_names is None else list(class_names)
+        ids = {name: place for place, name in enumerate(self.class_names)}
+        self.num_speakers_left_out = len(counts) - len(speakers)
         by_speaker = np.argsort(speaker, kind="stable")
         self._utterances: _Small = usable[by_speaker[(counts >= fewest)[speaker[by_speaker]]]].astype(np.int32)
         self.num_dropped = len(index) - len(self._utterances)
 
-        # By class: utterances, place of the first in `_utterances`, distinct utterances and groups of an epoch.
-        self._counts: Integers = counts[classes].astype(np.int64)
+        # Of the speakers that are drawn: class, utterances, place of the first of them in `_utterances`, distinct
+        # utterances and groups of an epoch.
+        self._ids: Integers = np.array([ids[name] for name in drawn], np.int64)
+        self._counts: Integers = counts[speakers].astype(np.int64)
         self._first: Integers = np.cumsum(self._counts) - self._counts
         most_groups = max_segments // utterances_per_speaker
         self._distinct: Integers = np.minimum(self._counts, most_groups * utterances_per_speaker)
@@ -149,7 +159,7 @@ class SpeakerPlan:
     def describe(self) -> str:
         """What is drawn and what is left out, for the log."""
         return (
-            f"{len(self)} utterances of {len(self.class_names)} speakers ({self.num_unlabelled} without a speaker left "
+            f"{len(self)} utterances of {len(self._ids)} speakers ({self.num_unlabelled} without a speaker left "
             f"out, {self.num_short} shorter than a segment: data.short={self.short}, {self.num_speakers_left_out} "
             f"speakers left out; an epoch leaves out {self.num_left_out} segments that fill no batch)"
         )
@@ -168,11 +178,11 @@ class SpeakerPlan:
         # always be its last view.
         rows = draw.permutation(self.batch_size)
         views = draw.permuted(np.tile(np.arange(self.num_views), (self.batch_size, 1)), axis=1)
-        classes = order.classes[step, rows].astype(np.int64)
+        speakers = order.speakers[step, rows].astype(np.int64)
         numbers = order.numbers[step, rows].astype(np.int64)
-        places = (numbers[:, None] * self.num_views + views) % self._distinct[classes, None]
-        utterances = order.utterances[self._first[classes, None] + places].astype(np.int64)
-        return PlannedBatch(epoch, step, classes, utterances, self._starts(utterances, draw))
+        places = (numbers[:, None] * self.num_views + views) % self._distinct[speakers, None]
+        utterances = order.utterances[self._first[speakers, None] + places].astype(np.int64)
+        return PlannedBatch(epoch, step, self._ids[speakers], utterances, self._starts(utterances, draw))
 
     def windows(self, epoch: int, step: int) -> Iterator[list[int]]:
         """All shards, again and again: a speaker's utterances lie anywhere."""
@@ -187,8 +197,8 @@ class SpeakerPlan:
     def _order(self, epoch: int) -> _Epoch:
         if epoch not in self._epochs:
             draw = generator(self.seed, Purpose.ORDER, epoch)
-            classes = np.repeat(np.arange(len(self._counts)), self._counts)
-            shuffled = self._utterances[np.argsort(classes + draw.random(len(classes)))]
+            speakers = np.repeat(np.arange(len(self._counts)), self._counts)
+            shuffled = self._utterances[np.argsort(speakers + draw.random(len(speakers)))]
             # Readers are an epoch ahead for a while.
             self._epochs = {number: order for number, order in self._epochs.items() if abs(number - epoch) == 1}
             self._epochs[epoch] = _Epoch(shuffled, *_deal(self._groups, self.batch_size, self.steps_per_epoch, draw))
@@ -229,15 +239,15 @@ def _most_batches(groups: Integers, batch_size: int) -> int:
 
 
 def _deal(groups: Integers, batch_size: int, num_batches: int, draw: np.random.Generator) -> tuple[_Small, _Small]:
-    """Deal the groups [S] of the classes into B batches of K, no class twice in any.
+    """Deal the groups [S] of the speakers into B batches of K, no speaker twice in any.
 
-    As many groups as there are places lie class by class, at most B of a class, in K rows of B. Then every column is a
+    As many groups as there are places lie speaker by speaker, at most B of one, in K rows of B. Then every column is a
     batch without duplicates (the wrap-around rule of McNaughton 1959). The columns of each row are shuffled on their
-    own, so that classes meet by chance; only the part of a class that is wrapped into the next row avoids the columns
-    of the part before.
+    own, so that speakers meet by chance; only the part of a speaker that is wrapped into the next row avoids the
+    columns of the part before.
 
     Returns:
-        classes and numbers of the groups, int32 [B, K] both.
+        speakers and numbers of the groups, int32 [B, K] both.
     """
     dealt = np.minimum(groups, num_batches)
     lacking = batch_size * num_batches - int(dealt.sum())
@@ -245,16 +255,16 @@ def _deal(groups: Integers, batch_size: int, num_batches: int, draw: np.random.G
         dealt[draw.choice(np.flatnonzero(dealt < num_batches), lacking, replace=False)] += 1
     order = draw.permutation(len(dealt))
     sizes = dealt[order]
-    classes = np.repeat(order.astype(np.int32), sizes)
-    numbers = (np.arange(len(classes)) - np.repeat(np.cumsum(sizes) - sizes, sizes)).astype(np.int32)
+    speakers = np.repeat(order.astype(np.int32), sizes)
+    numbers = (np.arange(len(speakers)) - np.repeat(np.cumsum(sizes) - sizes, sizes)).astype(np.int32)
     if lacking < 0:
-        gone = draw.choice(len(classes), -lacking, replace=False)
-        classes, numbers = np.delete(classes, gone), np.delete(numbers, gone)
+        gone = draw.choice(len(speakers), -lacking, replace=False)
+        speakers, numbers = np.delete(speakers, gone), np.delete(numbers, gone)
     table = np.empty((2, num_batches, batch_size), np.int32)
     columns = np.arange(num_batches)
     before = None
     for row, (own, own_numbers) in enumerate(
-        zip(classes.reshape(batch_size, -1), numbers.reshape(batch_size, -1), strict=True)
+        zip(speakers.reshape(batch_size, -1), numbers.reshape(batch_size, -1), strict=True)
     ):
         shuffled = draw.permutation(num_batches)
         if before is not None and own[0] == before[-1]:
