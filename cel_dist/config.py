@@ -84,8 +84,8 @@ class Config(Section):
             )
         elif self.rows < 2:
             raise ValueError(
-                f"train.batch_size={self.train.batch_size} with labels.utterances={labels.utterances} is one speaker, who "
-                "has nobody to be told from; raise the former"
+                f"train.batch_size={self.train.batch_size} with labels.utterances={labels.utterances} is one "
+                "speaker, who has nobody to be told from; raise the former"
             )
         elif similarity == "angular_contrastive" and labels.utterances != 2:
             raise ValueError(

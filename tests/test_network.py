@@ -143,6 +143,28 @@ def test_speeds_masks_and_mel_bands_change_what_is_trained_on(first_batch) -> No
         assert 0 < narrow.sum() < hidden.sum()
 
 
+@pytest.mark.parametrize(
+    ("num_ranks", "sections", "rows"),
+    [
+        (2, {"train": {"batch_size": 4}}, None),
+        (2, {"train": {"batch_size": 2}}, None),
+        (1, {"train": {"batch_size": 5, "encode_chunks": 3}}, 1),
+        (2, {"train": {"batch_size": 4, "encode_chunks": 2}, "encoder": {"batch_norm": "per_rank"}}, 1),
+        (2, {"train": {"batch_size": 2}, "encoder": {"batch_norm": "per_rank"}}, 1),
+        (2, {"train": {"batch_size": 2}, "encoder": {"batch_norm": "per_rank", "views": "joint"}}, None),
+    ],
+)
+def test_batch_norm_over_rows_has_two_of_them(small_corpus, tmp_path, num_ranks, sections, rows) -> None:
+    tree = {"data": {"shards": str(small_corpus.shards), "segment_frames": 60}, "run": {"dir": str(tmp_path / "run")}}
+    tree |= {**sections, "encoder": {"name": "ecapa_tdnn_512", "embedding_dim": 8, **sections.get("encoder", {})}}
+    if rows is None:
+        preflight(configured(**tree), num_ranks, "auto")
+        return
+    with pytest.raises(CelError, match=f"leaves {rows} for a forward pass; raise train.batch_size"):
+        preflight(configured(**tree), num_ranks, "auto")
+    preflight(configured(**{**tree, "encoder": {**tree["encoder"], "name": "tdnn"}}), num_ranks, "auto")
+
+
 def test_speeds_and_masks_are_the_same_for_any_number_of_ranks(first_batch) -> None:
     augment = {"speeds": [0.9, 1.0, 1.1], "time_masks": 2, "freq_masks": 2, "freq_mask_bands": 5}
     whole = first_batch(augment=augment).features

@@ -104,7 +104,7 @@ class EcapaTdnn(nn.Module):
         return embeddings
 
 
-@register_encoder("ecapa_tdnn_512", source=_SOURCE, pooling="asp")
+@register_encoder("ecapa_tdnn_512", source=_SOURCE, pooling="asp", min_rows=2)
 class EcapaTdnn512(EcapaTdnn):
     """ECAPA-TDNN with 512 channels; 6.2 million parameters with 80 bands and 192 dimensions.
 
@@ -116,7 +116,7 @@ class EcapaTdnn512(EcapaTdnn):
         super().__init__(512, embedding_dim, pooling=pooling, num_mels=num_mels)
 
 
-@register_encoder("ecapa_tdnn_1024", source=_SOURCE, pooling="asp")
+@register_encoder("ecapa_tdnn_1024", source=_SOURCE, pooling="asp", min_rows=2)
 class EcapaTdnn1024(EcapaTdnn):
     """ECAPA-TDNN with 1024 channels; 14.7 million parameters with 80 bands and 192 dimensions."""
 

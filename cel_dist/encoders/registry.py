@@ -25,25 +25,28 @@ class RegisteredEncoder(NamedTuple):
         source: the paper that it is from.
         pooling: the pooling of that paper, which it has where none is chosen.
         factory: builds it.
+        min_rows: rows that a forward pass takes in training, at least.
     """
 
     name: str
     source: str
     pooling: str
     factory: EncoderFactory
+    min_rows: int
 
 
 _Factory = TypeVar("_Factory", bound=EncoderFactory)
 _ENCODERS: dict[str, RegisteredEncoder] = {}
 
 
-def register_encoder(name: str, *, source: str, pooling: str) -> Callable[[_Factory], _Factory]:
+def register_encoder(name: str, *, source: str, pooling: str, min_rows: int = 1) -> Callable[[_Factory], _Factory]:
     """Class decorator that makes an encoder known as `name` to `build_encoder`.
 
     Args:
         name: how a configuration calls it.
         source: the paper that it is from, for `cel encoders`.
         pooling: the pooling that it has where none is chosen.
+        min_rows: rows that a forward pass takes in training, at least; 2 for batch norm over the rows alone.
 
     Raises:
         ValueError: the name is taken, or there is no such pooling.
@@ -54,7 +57,7 @@ def register_encoder(name: str, *, source: str, pooling: str) -> Callable[[_Fact
             raise ValueError(f"two encoders are called '{name}'")
         if pooling not in POOLINGS:
             raise ValueError(f"encoder '{name}': there is no pooling '{pooling}'")
-        _ENCODERS[name] = RegisteredEncoder(name, source, pooling, factory)
+        _ENCODERS[name] = RegisteredEncoder(name, source, pooling, factory, min_rows)
         return factory
 
     return register

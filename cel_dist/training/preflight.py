@@ -12,6 +12,7 @@ from cel_dist.data.index import Index
 from cel_dist.data.plan import BatchPlan, Plan
 from cel_dist.data.speaker_plan import SpeakerPlan
 from cel_dist.distributed import World
+from cel_dist.encoders import find_encoder
 from cel_dist.errors import CelError
 from cel_dist.evaluation.embed import file_sizes
 from cel_dist.evaluation.trials import Trials
@@ -58,6 +59,7 @@ def preflight(config: Config, num_ranks: int | None, resume: str) -> Checked:
     """
     if num_ranks is not None:
         World(size=num_ranks).rows(config.rows)
+        _require_rows(config, num_ranks)
     _require_usable_folder(config.run.dir)
     data = config.data
     shards = ShardFolder.open(
@@ -114,6 +116,25 @@ def _plan(config: Config, index: Index) -> tuple[BatchPlan, tuple[str, ...]]:
         remainder=data.remainder,
     )
     return of_speakers, tuple(of_speakers.class_names)
+
+
+def _require_rows(config: Config, num_ranks: int) -> None:
+    """Raise CelError if a forward pass has fewer rows than the encoder's batch norm takes."""
+    needed, chunks = find_encoder(config.encoder.name).min_rows, config.train.encode_chunks
+    on_rank = config.rows // num_ranks
+    part = -(-on_rank // chunks)
+    # The rest is the last part.
+    rows = on_rank - (-(-on_rank // part) - 1) * part
+    if config.encoder.batch_norm == "global":
+        rows *= num_ranks
+    if config.encoder.views == "joint":
+        rows *= config.labels.utterances if config.labels.use else 2
+    if rows < needed:
+        raise CelError(
+            f"encoder.name={config.encoder.name} normalises over {needed} rows or more, and train.batch_size="
+            f"{config.train.batch_size} on {num_ranks} ranks with train.encode_chunks={chunks} leaves {rows} for a "
+            "forward pass; raise train.batch_size, lower train.encode_chunks, or set encoder.batch_norm=global"
+        )
 
 
 def _require_usable_folder(folder: Path) -> None:
