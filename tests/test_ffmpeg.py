@@ -1,5 +1,6 @@
 """AAC and other formats through the real ffmpeg, and what happens without it."""
 
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -69,8 +70,20 @@ def test_an_ffmpeg_that_stands_still_is_given_up(tmp_path: Path, monkeypatch: py
     program.write_text("#!/bin/sh\nexec tail -f /dev/null\n")
     program.chmod(0o755)
     monkeypatch.setenv("PATH", f"{program.parent}:/usr/bin:/bin")
-    with pytest.raises(FFmpegError, match=r"did not finish within 0\.2 s"), decoded(tmp_path / "a.m4a", 0.2):
+    with pytest.raises(FFmpegError, match=r"gave nothing for 0\.2 s"), decoded(tmp_path / "a.m4a", 0.2):
         pass
+
+
+@needs_ffmpeg
+def test_what_the_reader_does_between_reads_does_not_count_as_standing_still(tmp_path: Path) -> None:
+    encode(tone(440, 20.0, 16_000), 16_000, tmp_path / "a.m4a")
+    with decoded(tmp_path / "a.m4a") as stream:
+        read = len(stream.read(1000))
+        # More is to come than the pipe holds, so that ffmpeg waits too.
+        assert all(thread.finished.is_set() for thread in threading.enumerate() if isinstance(thread, threading.Timer))
+        while block := len(stream.read(100_000)):
+            read += block
+    assert read >= 20 * 16_000
 
 
 def test_without_ffmpeg_such_files_are_rejected_and_taken_in_once_it_is_there(

@@ -7,8 +7,8 @@ import struct
 import subprocess
 import tempfile
 import threading
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
@@ -20,7 +20,7 @@ FFMPEG_SUFFIXES = frozenset({".m4a", ".aac", ".mp4", ".wma", ".webm", ".mka"})
 """Lower-case file suffixes that are left to ffmpeg."""
 
 DEADLINE_SECONDS = 600.0
-"""A file that takes longer is given up: an hour of AAC takes some ten seconds."""
+"""An ffmpeg that gives nothing for so long is given up. What whoever reads it does meanwhile does not count."""
 
 # What such files may be. A playlist under their name would make ffmpeg open other files and addresses.
 _FORMATS = "mov,aac,asf,matroska,mp3,ogg,wav,flac"
@@ -41,10 +41,12 @@ class DecodedStream:
     rate_hz: int
     channels: int
     _pipe: IO[bytes]
+    _waiting: Callable[[], AbstractContextManager[None]]
 
     def read(self, frames: int) -> npt.NDArray[np.float32]:
         """The next samples, float32 `[frames, channels]`, fewer only at the end."""
-        data = self._pipe.read(frames * self.channels * 4)
+        with self._waiting():
+            data = self._pipe.read(frames * self.channels * 4)
         whole = len(data) // (4 * self.channels)
         return np.frombuffer(data, ">f4", whole * self.channels).astype(np.float32).reshape(whole, self.channels)
 
@@ -69,7 +71,7 @@ def decoded(path: Path, deadline_seconds: float = DEADLINE_SECONDS) -> Iterator[
     """The first audio stream of a file, in its own rate and channels. The block must read it to its end.
 
     Raises:
-        FFmpegError: ffmpeg is not installed, does not know the format, met damage, or took longer than the deadline.
+        FFmpegError: ffmpeg is not installed, does not know the format, met damage, or gave nothing until the deadline.
             All but the first are known only when the block ends.
     """
     program = shutil.which("ffmpeg")
@@ -93,33 +95,41 @@ def decoded(path: Path, deadline_seconds: float = DEADLINE_SECONDS) -> Iterator[
             expired.set()
             process.kill()
 
-        timer = threading.Timer(deadline_seconds, give_up)
-        timer.start()
+        @contextmanager
+        def waiting() -> Iterator[None]:
+            timer = threading.Timer(deadline_seconds, give_up)
+            timer.start()
+            try:
+                yield
+            finally:
+                timer.cancel()
+
         try:
-            header = process.stdout.read(_AU_HEADER.size)
+            with waiting():
+                header = process.stdout.read(_AU_HEADER.size)
             if len(header) == _AU_HEADER.size:
-                yield _stream(header, process.stdout)
+                yield _stream(header, process.stdout, waiting)
             # A block that stopped reading gets an error of ffmpeg's, and no process that waits for it for ever.
             process.stdout.close()
-            returncode = process.wait()
+            with waiting():
+                returncode = process.wait()
         finally:
-            timer.cancel()
             process.kill()
             process.wait()
             process.stdout.close()
         if expired.is_set():
-            raise FFmpegError(f"ffmpeg did not finish within {deadline_seconds:g} s")
+            raise FFmpegError(f"ffmpeg gave nothing for {deadline_seconds:g} s")
         if returncode != 0 or len(header) < _AU_HEADER.size:
             messages.seek(0)
             raise FFmpegError(f"ffmpeg: {_reason(messages.read(_MESSAGE_BYTES), path)}")
 
 
-def _stream(header: bytes, pipe: IO[bytes]) -> DecodedStream:
+def _stream(header: bytes, pipe: IO[bytes], waiting: Callable[[], AbstractContextManager[None]]) -> DecodedStream:
     magic, begin, _, encoding, rate_hz, channels = _AU_HEADER.unpack(header)
     if (magic, encoding) != (b".snd", _BIG_ENDIAN_FLOAT):
         raise FFmpegError("ffmpeg wrote something else than asked for; install another version of it")
     pipe.read(begin - _AU_HEADER.size)
-    return DecodedStream(rate_hz, channels, pipe)
+    return DecodedStream(rate_hz, channels, pipe, waiting)
 
 
 def _reason(messages: bytes, path: Path) -> str:
