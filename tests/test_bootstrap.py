@@ -87,10 +87,10 @@ def test_what_cannot_be_drawn_is_refused():
         bootstrap_intervals(ranked, trials, speakers, replicates=50)
     with pytest.raises(CelError, match="all utterances are of one speaker, 'x'"):
         bootstrap_intervals(ranked, trials, ["x"] * len(speakers))
-    # The fourth utterance is said to be of the first speaker: that is wrong in three trials of one and two of the other.
+    # The fourth utterance is said to be of the first speaker: wrong in three trials of the one and two of the other.
     with pytest.raises(
         CelError, match=r"5 trials contradict .*id0/0\.wav and id1/3\.wav are a non-target trial of one"
     ):
         bootstrap_intervals(ranked, trials, [*speakers[:3], "id0", *speakers[4:]])
-    with pytest.raises(CelError, match="contradict the speakers: .* are a target trial of two speakers"):
+    with pytest.raises(CelError, match=r"contradict the speakers: .* are a target trial of two speakers"):
         bootstrap_intervals(ranked, trials, ["other", *speakers[1:]])
