@@ -201,6 +201,48 @@ def test_verify_without_threshold_says_how_to_get_one_and_then_decides(cel, fold
     assert "speaker" in cel("verify", "--model", "calibrated", *pair)[1]
 
 
+def test_back_end_options_change_scores_and_stay_with_the_calibrated_model(cel, folder):
+    Path("cohort.txt").write_text("c.wav\nb.wav\n")
+    Path("other.txt").write_text("audio/c.wav\naudio/b.wav\n")
+    pair = ("audio/a.wav", "audio/b.wav", "--json")
+    plain = outcome(cel(*EVALUATE, "--json"))
+    assert (plain["scoring"], plain["score_norm"], plain["mean_subtracted"]) == ("negative_euclidean", None, False)
+    norm = ("--score-norm", "as", "--top-n", 2)
+    for name, options in {
+        "cosine": ("--scoring", "cosine"),
+        "mean": ("--subtract-mean", "--cohort", "cohort.txt"),
+        "normalised": (*norm, "--cohort", "cohort.txt"),
+        "elsewhere": (*norm, "--cohort", "other.txt", "--cohort-root", "."),
+    }.items():
+        found = outcome(cel(*EVALUATE, *options, "--calibrate", name, "--json"))
+        assert found["threshold"] != plain["threshold"], f"{options} change nothing"
+        score = float(Path(found["scores"]).read_text().split()[3])
+        verified = outcome(cel("verify", "--model", name, *pair))
+        assert verified["score"] == pytest.approx(score, abs=1e-6)
+        assert verified["threshold"] == found["threshold"]
+    assert found["score_norm"] == "as"
+    # Both roots lead to the same cohort.
+    assert outcome(cel("verify", "--model", "normalised", *pair)) == verified
+
+
+def test_durations_and_intervals_and_priors_are_asked_for_and_reported(cel, folder):
+    lines = [f"{name[0]}.wav {name[1:]}\n" for name in ("aann", "bann", "cbob")]
+    Path("speakers.txt").write_text("".join(lines))
+    options = ("--quality", "duration", "--priors", "0.1, 0.5", "--bootstrap", 100, "--speakers", "speakers.txt")
+    result = outcome(cel(*EVALUATE, *options, "--json"))
+    assert result["calibration"]["quality"] == "duration"
+    assert set(result["min_dcf"]) == set(result["act_dcf"]) == {"0.1", "0.5"}
+    assert result["bootstrap"] == {"level": 0.95, "replicates": 100, "speakers": 2, "seed": 0}
+    assert outcome(cel(*EVALUATE, *options, "--seed", 1, "--json"))["bootstrap"]["seed"] == 1
+    head, *points = Path(result["det_points"]).read_text().splitlines()
+    assert head.split("\t") == ["threshold", "false_positive_rate", "false_negative_rate"]
+    assert [point.split("\t")[1:] for point in (points[0], points[-1])] == [["0.0", "1.0"], ["1.0", "0.0"]]
+    code, out, _ = cel(*EVALUATE, *options)
+    assert code == 0
+    assert "95 % intervals over 2 speakers, drawn 100 times" in out
+    assert "calibrated on these trials, which flatters" in out
+
+
 def test_the_same_recording_is_the_same_speaker(cel, folder):
     cel(*EVALUATE, "--calibrate", "calibrated")
     result = outcome(cel("verify", "--model", "calibrated", "audio/a.wav", "audio/a.wav", "--json"))
@@ -241,6 +283,13 @@ def test_embed_writes_names_and_unit_rows(cel, folder):
         ((*EVALUATE, "--frames", "20", "--windows-as", "mean"), "windows_as=mean; give scores or embedding"),
         ((*EVALUATE, "--protocol", "voxceleb1-o", "--enrol", "x"), "leave out --enrol"),
         (("evaluate", "--model", "model", "--root", "audio"), "nothing to score: give --trials FILE, or --protocol"),
+        ((*EVALUATE, "--score-norm", "as"), "the score norm 'as' needs a cohort"),
+        ((*EVALUATE, "--score-norm", "as", "--cohort", "x.txt"), "cannot read the list x.txt"),
+        ((*EVALUATE, "--score-norm", "as", "--cohort", "trials.txt"), "3 columns instead of 'path speaker'"),
+        ((*EVALUATE, "--cohort", "trials.txt"), "a cohort alone changes nothing"),
+        ((*EVALUATE, "--priors", "0.05 2"), "the prior '2' is no probability"),
+        ((*EVALUATE, "--speakers", "trials.txt"), "add --bootstrap 1000"),
+        ((*EVALUATE, "--bootstrap", "1000"), "does not tell its speaker by its first folder"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_two(cel, folder, arguments, message):

@@ -13,9 +13,10 @@ import pytest
 import torch
 from worlds import until
 
+from cel_dist.back_end import BackEnd
 from cel_dist.config import Config
 from cel_dist.config_file import parse_config
-from cel_dist.description import EncoderDescription, ModelDescription
+from cel_dist.description import Calibration, EncoderDescription, ModelDescription
 from cel_dist.distributed import free_port
 from cel_dist.encoders import build_encoder
 from cel_dist.errors import CelError
@@ -35,8 +36,11 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(1)
     encoder = build_encoder("fast_resnet34", embedding_dim=DIMENSION)
     description = ModelDescription(encoder=EncoderDescription(name="fast_resnet34", embedding_dim=DIMENSION))
+    rows = np.linalg.qr(np.random.default_rng(2).standard_normal((DIMENSION, DIMENSION)))[0].astype(np.float32)
+    normalised = BackEnd.fit(rows[:5], subtract_mean=True, score_norm="as", top_n=3)
     folder = tmp_path_factory.mktemp("trained") / "model"
-    SpeakerModel(encoder, description).save(folder)
+    model = SpeakerModel(encoder, description)
+    model.calibrate(0.1, Calibration(slope=1.0, offset=0.0), normalised).save(folder)
     return folder
 
 
@@ -132,7 +136,9 @@ def test_a_model_comes_back_by_version_alias_run_and_id(
     database: str, tmp_path: Path, model_folder: Path, waves: np.ndarray, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", database)
-    expected = load_model(model_folder).embed(list(waves))
+    stored = load_model(model_folder)
+    expected = stored.embed(list(waves))
+    assert stored.back_end.score_norm == "as"
     tracker = Tracker.start(settings(database, experiment="models"), tmp_path)
     plain = tracker.log_model(model_folder, waves[0])
     first = tracker.log_model(model_folder, waves[0], "speakers")
@@ -144,7 +150,9 @@ def test_a_model_comes_back_by_version_alias_run_and_id(
     assert (first, second) == ("models:/speakers/1", "models:/speakers/2")
     run_id = (tmp_path / "mlflow_run_id.txt").read_text().strip()
     for uri in (plain, "models:/speakers/2", "models:/speakers@champion", f"runs:/{run_id}/model"):
-        np.testing.assert_array_equal(load_model(uri).embed(list(waves)), expected)
+        fetched = load_model(uri)
+        np.testing.assert_array_equal(fetched.embed(list(waves)), expected)
+        assert fetched.back_end == stored.back_end
     # The first version became the champion; the second did not take its place unasked.
     assert client_of(database).get_model_version_by_alias("speakers", "champion").version == 1
 
