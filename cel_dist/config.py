@@ -211,6 +211,9 @@ class EvalSection(Section):
     """Trials file (`label enrol test`); without one the last model is the best."""
     root: Path | None = None
     """Folder to which the paths in the trials file are relative."""
+    metadata: Path | None = None
+    """Table of the utterances of `trials` (`path` and any of speaker, session, sex, seconds, age): errors by these for
+    the best model, in `evaluation/diagnostics.json` and the report."""
     every_epochs: Positive = 1
     """Epochs between two evaluations; there is always one after the last step."""
     at_start: bool = True
@@ -268,6 +271,8 @@ class Config(Section):
             raise ValueError(f"optim.min_lr={self.optim.min_lr} is above optim.lr={self.optim.lr}; lower it")
         if (self.eval.trials is None) != (self.eval.root is None):
             raise ValueError("eval.trials and eval.root go together; set both or neither")
+        if self.eval.metadata is not None and self.eval.trials is None:
+            raise ValueError("eval.metadata describes the utterances of eval.trials; set that, too, or leave both out")
         return self
 
     @property

@@ -34,7 +34,7 @@ from cel_dist.description import (
 )
 from cel_dist.encoders import build_encoder
 from cel_dist.errors import CelError, RunError
-from cel_dist.features import LogMel, segment_samples
+from cel_dist.features import LogMel, pieces, segment_samples
 from cel_dist.published import read_published
 
 __all__ = [
@@ -119,6 +119,19 @@ class SpeakerModel:
             raise CelError(f"frames={frames} and windows={windows}; windows need at least one frame, and one of them")
         cut = _cut_windows(_waveform(audio), frames, windows)
         return self._encode(cut, audio)
+
+    def log_mel(self, audio: Audio) -> Tensor:
+        """Log-mel spectrum [M, F] of one utterance before it is normalised. Raises as `embed` does."""
+        wave = _waveform(audio)
+        with torch.inference_mode(), torch.autocast(self.device.type, enabled=False):
+            return torch.cat([self._features.log_mel(piece.to(self.device)) for piece in pieces(wave)], dim=-1)
+
+    def embed_log_mel(self, log_mel: Tensor) -> Embeddings:
+        """Unit embedding [D] of [M, F] frames as `log_mel` returns them, normalised among themselves."""
+        with torch.inference_mode():
+            features = self._features.normalise(log_mel[None])
+        row: Embeddings = self._encode_features(features, "the frames")[0]
+        return row
 
     def score(self, a: Audio, b: Audio) -> float:
         """Similarity of two utterances: minus the Euclidean distance of their unit embeddings, in [-2, 0].
@@ -221,11 +234,15 @@ class SpeakerModel:
         return vector if is_embedding else self.embed(audio)
 
     def _encode(self, waves: Tensor, audio: Audio) -> Embeddings:
+        with torch.inference_mode():
+            features = self._features(waves.to(self.device).float())
+        return self._encode_features(features, audio)
+
+    def _encode_features(self, features: Tensor, audio: Audio) -> Embeddings:
         # Scores must not depend on the device's shortcuts (TF32) or on an autocast region around the caller; benchmark
         # mode would search for new kernels at each new length.
         exact = torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False)
         with torch.inference_mode(), torch.autocast(self.device.type, enabled=False), exact:
-            features = self._features(waves.to(self.device).float())
             rows = functional.normalize(self.encoder(features).float(), dim=-1).cpu().numpy()
         if not np.isfinite(rows).all():
             raise RunError(f"the encoder's output for {_name(audio)} is not finite; its training has diverged")

@@ -41,12 +41,25 @@ def evaluate(
             help="Write the model, with threshold and calibration from these trials, to DIR; for whole utterances.",
         ),
     ] = None,
+    metadata: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Show errors by sex, session, duration and age, and how the embeddings lie. A table with tabs and a "
+            "header of 'path' and any of speaker, session, sex, seconds, age; or lines 'path speaker'.",
+        ),
+    ] = None,
+    control: Annotated[
+        bool, typer.Option("--control", help="Score the same trials from the quietest tenth of the frames, too.")
+    ] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Measure a model on a list of trials: equal error rate, minimum detection cost, scores and plots."""
     from cel_dist.data.files import require_folder_or_nothing
     from cel_dist.errors import CelError
+    from cel_dist.evaluation import Trials, diagnose, score_without_voice
     from cel_dist.evaluation import evaluate as run_evaluation
+    from cel_dist.evaluation.metadata import Metadata
     from cel_dist.model import load_model
 
     if calibrate and frames:
@@ -54,19 +67,36 @@ def evaluate(
     out = out or Path("evaluation") / trials.stem
     for folder in filter(None, (out, calibrate)):
         require_folder_or_nothing(folder)
+    listed = Trials.read(trials)
+    described = None
+    if metadata is not None:
+        # Before the embedding, which may take an hour.
+        described = Metadata.read(metadata, listed.files)
+        described.check(listed)
     loaded = load_model(model)
     with progress_bar("Embedding") as progress:
-        result = run_evaluation(loaded, trials, root, frames=frames, windows=windows, progress=progress)
+        result = run_evaluation(loaded, listed, root, frames=frames, windows=windows, progress=progress)
     paths = result.write(out)
+    diagnostics = None
+    if metadata is not None or control:
+        without_voice = None
+        if control:
+            with progress_bar("Control") as progress:
+                without_voice = score_without_voice(loaded, root, listed, result.scores, progress=progress)
+        diagnostics = diagnose(result, described, without_voice)
+        paths |= diagnostics.write(out)
     if calibrate:
         loaded.calibrate(result.threshold, result.calibration).save(calibrate)
     costs = "  ".join(f"minDCF({prior}) {cost:.4f}" for prior, cost in result.min_dcf.items())
     text = [
         f"EER {result.eer:.2%}  {costs}  ({len(result.trials)} trials, {len(result.trials.files)} utterances)",
+        *([diagnostics.text()] if diagnostics else []),
         *(f"{kind}: {path}" for kind, path in paths.items()),
         *([f"calibrated model: {calibrate}"] if calibrate else []),
     ]
     values = {**result.summary(), **{kind: str(path) for kind, path in paths.items()}}
+    if diagnostics:
+        values["diagnostics"] = diagnostics.model_dump(mode="json")
     if calibrate:
         values["calibrated_model"] = str(calibrate)
     emit(values, "\n".join(text), as_json=as_json)

@@ -134,7 +134,7 @@ def _write_files(folder: Path, contents: Mapping[str, tuple[str, bytes]]) -> dic
 
 def evaluate(
     model: SpeakerModel,
-    trials: str | os.PathLike[str],
+    trials: str | os.PathLike[str] | Trials,
     root: str | os.PathLike[str],
     *,
     frames: int = 0,
@@ -149,7 +149,7 @@ def evaluate(
 
     Args:
         model: on this rank's device.
-        trials: file that `Trials.read` reads.
+        trials: the trials, or the file that `Trials.read` reads.
         root: folder to which its paths are relative.
         frames: 0 scores whole utterances; else windows of this many frames (at least 16), as published.
         windows: windows an utterance; the score of a trial is the mean over all pairs of windows.
@@ -170,7 +170,7 @@ def evaluate(
     with raised_together(world):
         if out is not None:
             require_folder_or_nothing(Path(out))
-        listed = Trials.read(trials)
+        listed = trials if isinstance(trials, Trials) else Trials.read(trials)
     embeddings = embed_files(model, root, listed.files, frames=frames, windows=windows, world=world, progress=progress)
     scores = score_trials(embeddings, listed)
     evaluation = Evaluation(
