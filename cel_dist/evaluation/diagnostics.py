@@ -131,8 +131,8 @@ class Diagnostics(BaseModel):
         rows = [
             ("EER of the model", f"{control.model_eer:.2%}"),
             (f"EER of {quietest}: spectrum", f"{control.spectrum_eer:.2%}"),
-            ("    whitened spectrum", f"{control.whitened_eer:.2%}"),
-            ("    the model on them", f"{control.quiet_model_eer:.2%}"),
+            ("their whitened spectrum", f"{control.whitened_eer:.2%}"),
+            ("the model that gets them alone", f"{control.quiet_model_eer:.2%}"),
             ("EER of the whitened spectrum of all frames", f"{control.all_frames_eer:.2%}"),
         ]
         for kind, value in (("targets", control.correlation_targets), ("non-targets", control.correlation_non_targets)):
