@@ -134,8 +134,8 @@ def test_cel_evaluate_reports_groups_and_control(
     groups = {group.label: group for group in diagnostics.groups}
     assert groups["all trials"].eer is None
     assert (groups["all trials"].targets, groups["all trials"].non_targets) == (36, 240)
-    assert (groups["session: same session"].targets, groups["session: different sessions"].targets) == (12, 24)
-    assert groups["sex: of different sex"].non_targets == 9 * 16
+    assert (groups["same session"].targets, groups["different sessions"].targets) == (12, 24)
+    assert groups["sex: female and male"].non_targets == 9 * 16
     assert isinstance(diagnostics.control, Control)
     assert diagnostics.control.whitened_eer < 0.02
     assert diagnostics.not_shown == ["errors by age: the metadata has no column 'age'"]

@@ -124,7 +124,7 @@ def test_diagnostics_of_the_evaluation_are_in_the_report(tmp_path: Path) -> None
     assert "Errors by group" in page.pictures
     assert "alignment of target trials 0.2500 (18 pairs) uniformity -2.5000" in page.text
     assert "not shown errors by age: the metadata has no column 'age'" in page.text
-    assert "The model's EER of 12.00% is not clearly below (less than half of) the 10.00%" in page.text
+    assert "The model's EER of 12.00% is not clearly below (less than half of) the 10.00% of the control" in page.text
     drawn = (tmp_path / "plots" / "groups.svg").read_text(encoding="utf-8")
     assert "sex: female" in drawn
     assert "too few trials  (7 / 9)" in drawn

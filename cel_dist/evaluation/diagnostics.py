@@ -1,9 +1,12 @@
 """Diagnostics of an evaluation: what an EER is made of, and whether it is voice or channel that is told apart."""
 
 import os
+import textwrap
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Protocol
 
+import numpy as np
+from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from cel_dist.data.files import atomic_write
@@ -12,9 +15,7 @@ from cel_dist.evaluation.control import Control
 from cel_dist.evaluation.geometry import Alignment, Geometry, measure_geometry
 from cel_dist.evaluation.groups import MIN_TRIALS, Group, errors_by_group
 from cel_dist.evaluation.metadata import Metadata
-
-if TYPE_CHECKING:
-    from cel_dist.evaluation.evaluate import Evaluation
+from cel_dist.evaluation.trials import Trials
 
 DIAGNOSTICS_FILE = "diagnostics.json"
 PICTURE_FILE = "diagnostics.png"
@@ -96,13 +97,13 @@ class Diagnostics(BaseModel):
                 f"{group.label:<28}{group.targets:>9}{group.non_targets:>13}{eer:>9}{rejected:>10}{accepted:>10}"
             )
         lines.append(
-            "EER at a threshold of the part's own; rejected targets and accepted non-targets at the threshold of the "
-            f"whole list; too few: fewer than {self.min_trials} trials of a class"
+            "EER: at a threshold of the part's own; rejected targets, accepted non-targets: at that of all trials"
         )
+        lines.append(f"too few: fewer than {self.min_trials} trials of a class")
         lines += [f"not shown: {reason}" for reason in self.not_shown]
-        lines += [f"{what:<46}{value}" for what, value in [*self.geometry_rows(), *self.control_rows()]]
+        lines += [f"{what:<50}{value}" for what, value in [*self.geometry_rows(), *self.control_rows()]]
         if self.control is not None:
-            lines.append(verdict(self.control))
+            lines += textwrap.wrap(verdict(self.control), 100)
         return "\n".join(lines)
 
     def geometry_rows(self) -> list[Row]:
@@ -145,8 +146,28 @@ class Diagnostics(BaseModel):
         return rows
 
 
+class Scored(Protocol):
+    """What diagnostics need of an `Evaluation`."""
+
+    @property
+    def trials(self) -> Trials:
+        """M trials over N utterances."""
+
+    @property
+    def scores(self) -> NDArray[np.float64]:
+        """[M]."""
+
+    @property
+    def threshold(self) -> float:
+        """Of the whole list."""
+
+    @property
+    def embeddings(self) -> NDArray[np.float32]:
+        """[N, D] or [N, windows, D]."""
+
+
 def diagnose(
-    evaluation: "Evaluation",
+    evaluation: Scored,
     metadata: Metadata | None = None,
     control: Control | None = None,
     *,
@@ -180,16 +201,22 @@ def diagnose(
 
 def verdict(control: Control) -> str:
     """What the control says about the model, in plain words."""
+    rates = f"The model's EER of {control.model_eer:.2%} is {{}} the {control.control_eer:.2%} of the control, "
     if control.is_clearly_below:
-        return (
-            f"The model's EER of {control.model_eer:.2%} is less than half of the {control.control_eer:.2%} that can "
-            "be had with next to no voice: it hears more than the recording."
+        words = (
+            rates.format("less than half of") + "which has next to no voice to go by: it hears more than the channel."
         )
-    return (
-        f"The model's EER of {control.model_eer:.2%} is not clearly below (less than half of) the "
-        f"{control.control_eer:.2%} that can be had with next to no voice, from background noise and channel alone: "
-        "this list cannot show that the model knows voices. Evaluate on target trials of different sessions."
-    )
+    else:
+        words = rates.format("not clearly below (less than half of)") + (
+            "which has next to no voice to go by: background noise and channel alone can give such an EER on this "
+            "list. Target trials of different sessions would tell."
+        )
+    if control.matched is not None:
+        words += (
+            f" Where the control is at chance, the model has {control.matched.model_eer:.2%}; a model that knows "
+            "nothing else would have 50%."
+        )
+    return words
 
 
 def _alignment(value: Alignment) -> str:

@@ -8,7 +8,7 @@ Recognition Evaluation, Interspeech):
     by         part                 target trials                     non-target trials
     sex        female               of women                          of two women
                male                 of men                            of two men
-               of different sex     of all whose sex is known         of a woman and a man
+               female and male      of all whose sex is known         of a woman and a man
     session    same session         both sides of one session         all
                different sessions   sides of two sessions             all
     seconds    up to A, A to B,     whose shorter side is so long     whose shorter side is so long
@@ -65,7 +65,7 @@ class Group(BaseModel):
     @property
     def label(self) -> str:
         """What the part is called in a table or a picture."""
-        subjects = {"all": "", "seconds": "shorter side: "}
+        subjects = {"all": "", "session": "", "seconds": "shorter side: "}
         return subjects.get(self.by, f"{self.by}: ") + self.name
 
 
@@ -130,7 +130,7 @@ _Parts: TypeAlias = Iterator[tuple[str, Masks, Masks]]
 
 
 def _by_sex(sex: NDArray[np.str_], trials: Trials) -> _Parts:
-    yield from _by_class(sex[trials.enrol], sex[trials.test], [("f", "female"), ("m", "male")], "of different sex")
+    yield from _by_class(sex[trials.enrol], sex[trials.test], [("f", "female"), ("m", "male")], "female and male")
 
 
 def _by_age(age: NDArray[np.float64], trials: Trials) -> _Parts:
