@@ -64,6 +64,8 @@ class Config(Section):
             raise ValueError(f"optim.min_lr={self.optim.min_lr} is above optim.lr={self.optim.lr}; lower it")
         if (self.eval.trials is None) != (self.eval.root is None):
             raise ValueError("eval.trials and eval.root go together; set both or neither")
+        if self.eval.metadata is not None and self.eval.trials is None:
+            raise ValueError("eval.metadata describes the utterances of eval.trials; set that, too, or leave both out")
         self._check_labels()
         return self
 

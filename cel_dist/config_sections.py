@@ -277,6 +277,9 @@ class EvalSection(Section):
     """Trials file (`label enrol test`); without one the last model is the best."""
     root: Path | None = None
     """Folder to which the paths in the trials file are relative."""
+    metadata: Path | None = None
+    """Table of the utterances of `trials` (`path` and any of speaker, session, sex, seconds, age): errors by these for
+    the best model, in `evaluation/diagnostics.json` and the report."""
     every_epochs: Positive = 1
     """Epochs between two evaluations; there is always one after the last step."""
     at_start: bool = True

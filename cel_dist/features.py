@@ -1,5 +1,8 @@
 """The front end: waveform to log-mel spectrogram, on whatever device the waveform is."""
 
+import math
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -10,6 +13,8 @@ SAMPLE_RATE = 16_000
 HOP = 160
 # Centred frames are mirrored by half an FFT at both ends, which takes one sample more than that.
 MIN_SAMPLES = 257
+# Added to the power of a band before the logarithm; int16-scale audio that is not exactly zero is far above it.
+LOG_FLOOR = 1e-6
 
 _FFT = 512
 _WINDOW = 400
@@ -80,12 +85,56 @@ class LogMel(nn.Module):
         # digits for them.
         with torch.autocast(wave.device.type, enabled=False):
             if wave.device.type != "cpu" or wave.dim() == 1 or wave.numel() <= _CPU_SAMPLES:
-                return self._features(wave)
+                return self.normalise(self.log_mel(wave))
             rows = max(1, _CPU_SAMPLES // wave.shape[-1])
-            return torch.cat([self._features(wave[first : first + rows]) for first in range(0, len(wave), rows)])
+            parts = (wave[first : first + rows] for first in range(0, len(wave), rows))
+            return torch.cat([self.normalise(self.log_mel(part)) for part in parts])
 
-    def _features(self, wave: Tensor) -> Tensor:
+    def log_mel(self, wave: Tensor) -> Tensor:
+        """What `forward` normalises, [.., 40, F]: the logarithms, which still hold the channel and the level."""
         spectrum = self.spectrogram(wave.float())
         # Not the square of the magnitude: its root alone takes a CPU longer than the FFT.
         power = spectrum.real.square() + spectrum.imag.square()
-        return F.instance_norm(torch.log(self.mel_scale(power) + 1e-6), eps=1e-5)
+        return torch.log(self.mel_scale(power) + LOG_FLOOR)
+
+    def normalise(self, log_mel: Tensor) -> Tensor:
+        """Instance normalisation of [.., 40, F] over the frames that are there."""
+        return F.instance_norm(log_mel, eps=1e-5)
+
+
+def pieces(wave: Tensor, frames: int = 6000) -> Iterator[Tensor]:
+    """Parts of a long waveform [T] that together have the frames of the whole, `frames` in all but the last.
+
+    The frames beside a joint see their own part mirrored, as those at both ends of the whole do.
+    """
+    length = frames * HOP
+    whole = max(0, len(wave) - MIN_SAMPLES) // length
+    for number in range(whole):
+        # A centred frame more would come of the sample at the joint, which is the first of the next part.
+        yield wave[number * length : (number + 1) * length - 1]
+    yield wave[whole * length :]
+
+
+def quietest_frames(log_mel: Tensor, share: float, *, at_least: int = 16) -> Tensor:
+    """Which frames of an utterance are the quietest: what a room and a recorder sound like.
+
+    They have the lowest mean of the logarithms of all bands, so that a hum in a few bands does not choose them.
+    Frames of digital silence are passed over. A file format or an editor made them, and there is nothing in them.
+
+    Args:
+        log_mel: [M, F] of one utterance, not normalised (`LogMel.log_mel`).
+        share: of the frames that are not silent, in (0, 1].
+        at_least: frames that are taken even if they are a larger share, where there are so many.
+
+    Returns:
+        int64 [k] indices of frames, ascending; k is 0 for an utterance of digital silence.
+
+    >>> quietest_frames(torch.tensor([[3.0, 1.0, 2.0, 4.0]]), 0.5, at_least=1)
+    tensor([1, 2])
+    """
+    log_mel = log_mel.double()
+    heard = (log_mel.amax(dim=0) > math.log(LOG_FLOOR) + 1e-3).nonzero().squeeze(1)
+    number = min(len(heard), max(at_least, round(share * len(heard))))
+    # A stable sort: which of two frames of equal power is taken does not depend on the machine.
+    order = log_mel[:, heard].mean(dim=0).argsort(stable=True)
+    return heard[order[:number]].sort().values

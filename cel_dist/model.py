@@ -1,6 +1,7 @@
 """A trained speaker encoder as one thing: weights, features, back end and threshold; it embeds, scores and is saved."""
 
 import os
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +24,7 @@ from cel_dist.description import (
     read_description,
 )
 from cel_dist.errors import CelError, RunError
+from cel_dist.features import pieces
 from cel_dist.model_folder import (
     MODEL_FILES,
     WEIGHTS_FILE,
@@ -127,17 +129,35 @@ class SpeakerModel:
         Raises:
             RunError: the encoder's output is not finite; the first waveform of which it is not is named.
         """
+        with torch.inference_mode():
+            features = self._features(waves.to(self.device).float())
+        return self._encode_features(features, names)
+
+    def _encode_features(self, features: Tensor, names: Sequence[str]) -> Embeddings:
         # Scores must not depend on the device's shortcuts (TF32) or on an autocast region around the caller; benchmark
         # mode would search for new kernels at each new length.
         exact = torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False)
         with torch.inference_mode(), torch.autocast(self.device.type, enabled=False), exact:
-            features = self._features(waves.to(self.device).float())
             rows: Embeddings = functional.normalize(self.encoder(features).float(), dim=-1).cpu().numpy()
         finite = np.isfinite(rows).all(axis=1)
         if not finite.all():
             name = names[int(np.argmin(finite))]
             raise RunError(f"the encoder's output for {name} is not finite; its training has diverged")
         return rows
+
+    def log_mel(self, audio: Audio) -> Tensor:
+        """Log-mel spectrum [M, F] of one utterance before it is normalised. Raises as `embed` does."""
+        # As one segment, however long.
+        (wave,) = segments(audio, sys.maxsize)
+        with torch.inference_mode(), torch.autocast(self.device.type, enabled=False):
+            return torch.cat([self._features.log_mel(piece.to(self.device)) for piece in pieces(wave)], dim=-1)
+
+    def embed_log_mel(self, log_mel: Tensor) -> Embeddings:
+        """Unit embedding [D] of [M, F] frames as `log_mel` returns them, normalised among themselves."""
+        with torch.inference_mode():
+            features = self._features.normalise(log_mel[None])
+        row: Embeddings = self._encode_features(features, ["the frames"])[0]
+        return row
 
     def score(self, a: Audio, b: Audio) -> float:
         """Similarity of two utterances by the model's back end: higher for more alike.

@@ -9,13 +9,16 @@ from dataclasses import dataclass
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
 from cel_dist.data.files import atomic_write
 from cel_dist.errors import CelError, RunError
+
+if TYPE_CHECKING:
+    from cel_dist.evaluation.diagnostics import Diagnostics
 
 Record: TypeAlias = Mapping[str, Any]
 
@@ -62,8 +65,8 @@ def write_report(run_dir: str | os.PathLike[str]) -> Path:
     """Write `report.html`, and its pictures as files in `plots/`, into a run folder; returns the report's path.
 
     Read are `metrics.jsonl` and, where they exist, `evaluations.jsonl`, `summary.json`, `config.yaml`,
-    `mlflow_run_id.txt`, `evaluation/scores.txt` (lines `label enrol test score`) and `evaluation/embeddings.npz`
-    (`names` [N], `embeddings` [N, D]). What is not there is left out of the report.
+    `mlflow_run_id.txt`, `evaluation/scores.txt` (lines `label enrol test score`), `evaluation/embeddings.npz`
+    (`names` [N], `embeddings` [N, D]) and `evaluation/diagnostics.json`. What is not there is left out of the report.
 
     Raises:
         CelError: the folder holds no metrics, or a file in it is damaged.
@@ -76,7 +79,10 @@ def write_report(run_dir: str | os.PathLike[str]) -> Path:
     evaluations = _read_records(folder / "evaluations.jsonl") if (folder / "evaluations.jsonl").exists() else []
     summary = _read_summary(folder / "summary.json")
     scores = _read_scores(folder / "evaluation" / "scores.txt")
+    diagnostics = _read_diagnostics(folder / "evaluation")
     figures = _figures(folder, [*records, *evaluations], scores)
+    if diagnostics is not None:
+        figures.append(_group_figure(diagnostics))
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -90,6 +96,7 @@ def write_report(run_dir: str | os.PathLike[str]) -> Path:
         headline=_headline(evaluations, summary),
         facts=_facts(folder, records, evaluations, summary, scores),
         figures=figures,
+        diagnosis=_diagnosis(diagnostics) if diagnostics is not None else [],
         configuration=_text(folder / "config.yaml"),
         environment=_environment(),
     )
@@ -191,6 +198,35 @@ def _figures(folder: Path, records: Sequence[Record], scores: Scores | None) -> 
         )
         figures.append(Figure("Map of held-out speakers", text, drawn, "speakers.svg", "map"))
     return figures
+
+
+def _read_diagnostics(folder: Path) -> "Diagnostics | None":
+    from cel_dist.evaluation.diagnostics import DIAGNOSTICS_FILE, Diagnostics
+
+    path = folder / DIAGNOSTICS_FILE
+    return Diagnostics.load(path) if path.exists() else None
+
+
+def _group_figure(diagnostics: "Diagnostics") -> Figure:
+    from cel_dist.evaluation import plots
+
+    drawn = plots.group_errors(diagnostics.groups, diagnostics.control, picture="svg")
+    text = (
+        "Each part of the validation trials at a threshold of its own; the dashed line is the whole list. "
+        f"Too few: fewer than {diagnostics.min_trials} trials of a class."
+    )
+    return Figure("Errors by group", text, drawn, "groups.svg", "map")
+
+
+def _diagnosis(diagnostics: "Diagnostics") -> list[tuple[str, str]]:
+    """What tells voice from channel, as (what, value)."""
+    from cel_dist.evaluation.diagnostics import verdict
+
+    rows = [*diagnostics.geometry_rows(), *diagnostics.control_rows()]
+    rows += [("not shown", reason) for reason in diagnostics.not_shown]
+    if diagnostics.control is not None:
+        rows.append(("what it means", verdict(diagnostics.control)))
+    return rows
 
 
 def speakers_of(names: Sequence[str], scores: Scores) -> list[str]:

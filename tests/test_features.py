@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from cel_dist.errors import CelError
-from cel_dist.features import MIN_SAMPLES, LogMel, segment_samples
+from cel_dist.features import MIN_SAMPLES, LogMel, pieces, quietest_frames, segment_samples
 
 
 def published_crop(path: Path) -> np.ndarray:
@@ -70,3 +70,37 @@ def test_too_short_a_waveform_is_refused_and_the_shortest_accepted() -> None:
     with pytest.raises(CelError, match="256 samples is too short"):
         LogMel()(noise(MIN_SAMPLES - 1))
     assert LogMel()(noise(MIN_SAMPLES)).shape == (2, 40, 2)
+
+
+@pytest.mark.parametrize("num_samples", [MIN_SAMPLES, 1599, 1600, 1600 + MIN_SAMPLES - 1, 1600 + MIN_SAMPLES, 5000])
+def test_pieces_of_a_waveform_have_the_frames_of_the_whole(num_samples: int) -> None:
+    wave = noise(num_samples)[0]
+    whole = LogMel().log_mel(wave)
+    parts = [LogMel().log_mel(piece) for piece in pieces(wave, frames=10)]
+    assert all(part.shape[-1] == 10 for part in parts[:-1])
+    joined = torch.cat(parts, dim=-1)
+    assert joined.shape == whole.shape
+    # Windows of 400 samples reach into the neighbouring part at the three frames around a joint, and nowhere else.
+    starts = torch.arange(10, 10 * len(parts), 10)
+    inner = torch.ones(whole.shape[-1], dtype=torch.bool)
+    inner[torch.cat([starts - 1, starts, starts + 1]).clamp(max=len(inner) - 1)] = False
+    torch.testing.assert_close(joined[:, inner], whole[:, inner])
+
+
+def test_the_quietest_frames_are_those_between_the_bursts() -> None:
+    wave = noise(32_000)[0]
+    is_quiet = (torch.arange(32_000) // 3200) % 2 == 1
+    wave[is_quiet] /= 100
+    wave[6400:9600] = 0
+    log_mel = LogMel().log_mel(wave)
+    chosen = quietest_frames(log_mel, 0.25)
+    # 20 frames of zeros are passed over, but for those at the edges whose windows reach into sound.
+    is_silent = (log_mel == log_mel.min()).all(dim=0)
+    assert 15 <= int(is_silent.sum()) <= 20
+    assert len(chosen) == round(0.25 * int((~is_silent).sum()))
+    assert not is_silent[chosen].any()
+    assert is_quiet[chosen.clamp(max=199) * 160].float().mean() > 0.9
+    assert (chosen.diff() > 0).all()
+    # Few frames have all to be taken, and none of nothing.
+    assert len(quietest_frames(log_mel[:, :9], 0.1)) == 9
+    assert len(quietest_frames(LogMel().log_mel(torch.zeros(4000)), 0.1)) == 0

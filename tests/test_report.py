@@ -97,6 +97,39 @@ def test_the_report_is_one_file_with_all_pictures_inside(tmp_path: Path) -> None
     assert "<script" not in page.source
 
 
+def test_diagnostics_of_the_evaluation_are_in_the_report(tmp_path: Path) -> None:
+    record_run(tmp_path)
+    (tmp_path / "evaluation" / "embeddings.npz").unlink()
+    group = {"by": "sex", "name": "female", "targets": 7, "non_targets": 9}
+    alignment = {"mean": 0.25, "pairs": 18}
+    control = {"quiet_share": 0.1, "model_eer": 0.12, "spectrum_eer": 0.15, "whitened_eer": 0.1, "quiet_model_eer": 0.4}
+    control |= {"control_eer": 0.1, "all_frames_eer": 0.05, "correlation_targets": None, "matched": None}
+    diagnostics = {
+        "groups": [{**group, "eer": None, "false_rejects": None, "false_accepts": None}],
+        "min_trials": 100,
+        "not_shown": ["errors by age: the metadata has no column 'age'"],
+        "geometry": {
+            "utterances": 12,
+            "dimensions": 8,
+            "uniformity": -2.5,
+            "uniformity_utterances": 12,
+            "alignment_targets": alignment,
+            "effective_rank": 2.2,
+            "components": 2,
+        },
+        "control": {**control, "correlation_non_targets": 0.3, "is_clearly_below": False},
+    }
+    (tmp_path / "evaluation" / "diagnostics.json").write_text(json.dumps(diagnostics))
+    page = Page(write_report(tmp_path))
+    assert "Errors by group" in page.pictures
+    assert "alignment of target trials 0.2500 (18 pairs) uniformity -2.5000" in page.text
+    assert "not shown errors by age: the metadata has no column 'age'" in page.text
+    assert "The model's EER of 12.00% is not clearly below (less than half of) the 10.00% of the control" in page.text
+    drawn = (tmp_path / "plots" / "groups.svg").read_text(encoding="utf-8")
+    assert "sex: female" in drawn
+    assert "too few trials  (7 / 9)" in drawn
+
+
 def test_the_pictures_are_also_files_of_their_own(tmp_path: Path) -> None:
     record_run(tmp_path)
     write_report(tmp_path)
@@ -139,6 +172,7 @@ def test_speakers_on_the_map_are_what_the_trials_say(tmp_path: Path) -> None:
         ("evaluations.jsonl", "nonsense\n", r"evaluations\.jsonl, line 1"),
         ("summary.json", "{", r"summary\.json is not valid JSON"),
         ("evaluation/scores.txt", "1 a.wav b.wav\n", r"scores\.txt has lines that are not"),
+        ("evaluation/diagnostics.json", "{", r"diagnostics\.json does not hold diagnostics"),
         ("evaluation/embeddings.npz", "text", r"embeddings\.npz does not hold names and embeddings"),
     ],
 )

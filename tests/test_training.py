@@ -18,6 +18,7 @@ from worlds import run_world
 
 from cel_dist.data.prepare import prepare
 from cel_dist.distributed import free_port
+from cel_dist.evaluation import Diagnostics
 from cel_dist.model import load_model
 
 
@@ -28,8 +29,11 @@ def config(small_corpus, tmp_path):
 
 
 def test_cel_train_through_the_launcher_leaves_a_whole_run(config, small_corpus, tmp_path):
+    table = tmp_path / "speakers.txt"
+    files = [path.relative_to(small_corpus.audio) for path in small_corpus.audio.rglob("*.wav")]
+    table.write_text("".join(f"{name} {name.parts[0]}\n" for name in files))
     file = config(
-        eval={"trials": str(small_corpus.trials), "root": str(small_corpus.audio)},
+        eval={"trials": str(small_corpus.trials), "root": str(small_corpus.audio), "metadata": str(table)},
         tracking={"enabled": True, "uri": f"sqlite:///{tmp_path}/mlflow.db"},
         train={"max_steps": 3},
     )
@@ -46,7 +50,7 @@ def test_cel_train_through_the_launcher_leaves_a_whole_run(config, small_corpus,
     assert (summary["run_dir"], summary["steps"], summary["model_uri"]) == (str(run), 3, "models:/cel/1")
     assert 0 <= summary["eer"] <= summary["eer_before"] <= 1
     assert [(row["step"], set(row)) for row in records(run, "evaluations.jsonl")] == [
-        (step, {"step", "epoch", "time", "eer", "min_dcf"}) for step in (0, 3)
+        (step, {"step", "epoch", "time", "eer", "min_dcf", "eval_alignment", "eval_uniformity"}) for step in (0, 3)
     ]
     measured = {"utterances_per_second", "data_wait", "data_wait_seconds", "step_seconds", "memory_gib", "eta_seconds"}
     rows = records(run)
@@ -64,6 +68,12 @@ def test_cel_train_through_the_launcher_leaves_a_whole_run(config, small_corpus,
     assert "convolution" in (run / "profile" / "summary.txt").read_text()
     assert yaml.safe_load((run / "config.yaml").read_text())["loss"]["pairs"] == "pon"
     assert "<html" in (run / "report.html").read_text()
+    diagnostics = Diagnostics.load(run / "evaluation" / "diagnostics.json")
+    assert [group.label for group in diagnostics.groups] == ["all trials"]
+    assert diagnostics.geometry.alignment_speakers is not None
+    [best] = [row for row in records(run, "evaluations.jsonl") if row["eer"] == summary["eer"]][:1]
+    assert diagnostics.geometry.uniformity == pytest.approx(best["eval_uniformity"], abs=1e-6)
+    assert "Voice or channel" in (run / "report.html").read_text()
     model = load_model(run)
     assert model.description.threshold is not None
     assert model.description.training.step in (0, 3)

@@ -119,14 +119,26 @@ def evaluate(
             help="Write the model, with back end, threshold and calibration from these trials, to DIR.",
         ),
     ] = None,
+    metadata: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Show errors by sex, session, duration and age, and how the embeddings lie. A table with tabs and a "
+            "header of 'path' and any of speaker, session, sex, seconds, age; or lines 'path speaker'.",
+        ),
+    ] = None,
+    control: Annotated[
+        bool, typer.Option("--control", help="Score the same trials from the quietest tenth of the frames, too.")
+    ] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Measure a model on a list of trials: equal error rate, minimum detection cost, scores and plots."""
     from cel_dist.data.files import require_folder_or_nothing
     from cel_dist.errors import CelError
-    from cel_dist.evaluation import BackEndSettings, BootstrapSettings
+    from cel_dist.evaluation import BackEndSettings, BootstrapSettings, diagnose, score_without_voice
     from cel_dist.evaluation import evaluate as run_evaluation
     from cel_dist.evaluation.cutting import Cutting
+    from cel_dist.evaluation.metadata import Metadata
     from cel_dist.model import load_model
     from cel_dist.utterance import MAX_WHOLE_SECONDS
 
@@ -152,6 +164,11 @@ def evaluate(
     for folder in filter(None, (out, calibrate)):
         require_folder_or_nothing(folder)
     listed = _listed_trials(protocol, trials, enrol, root)
+    described = None
+    if metadata is not None:
+        # Before the embedding, which may take an hour.
+        described = Metadata.read(metadata, listed.files)
+        described.check(listed)
     loaded = load_model(model)
     with progress_bar("Embedding") as progress:
         result = run_evaluation(
@@ -170,16 +187,27 @@ def evaluate(
             bootstrap=BootstrapSettings(bootstrap, seed, speakers) if bootstrap else None,
         )
     paths = result.write(out)
+    diagnostics = None
+    if metadata is not None or control:
+        without_voice = None
+        if control:
+            with progress_bar("Control") as progress:
+                without_voice = score_without_voice(loaded, root, listed, result.scores, progress=progress)
+        diagnostics = diagnose(result, described, without_voice)
+        paths |= diagnostics.write(out)
     if calibrate:
         result.calibrate(loaded).save(calibrate)
     text = [
         *_figures(result),
+        *([diagnostics.text()] if diagnostics else []),
         *(f"{kind}: {path}" for kind, path in paths.items()),
         *([f"calibrated model: {calibrate}"] if calibrate else []),
     ]
     values = {**result.summary(), **{kind: str(path) for kind, path in paths.items()}}
     if protocol:
         values["protocol"] = protocol.lower()
+    if diagnostics:
+        values["diagnostics"] = diagnostics.model_dump(mode="json")
     if calibrate:
         values["calibrated_model"] = str(calibrate)
     emit(values, "\n".join(text), as_json=as_json)

@@ -15,6 +15,8 @@ from matplotlib.ticker import MaxNLocator
 from numpy.typing import ArrayLike, NDArray
 from scipy.special import ndtri
 
+from cel_dist.evaluation.control import Control
+from cel_dist.evaluation.groups import Group
 from cel_dist.evaluation.projection import neighbour_map
 from cel_dist.metrics import RankedTrials
 
@@ -47,6 +49,7 @@ _TRAINING_PANELS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("loss", ("loss", "similarity", "uniformity")),
     ("EER on validation trials (%)", ("eer",)),
     ("accuracy, alignment", ("accuracy", "alignment")),
+    ("alignment, uniformity of validation", ("eval_alignment", "eval_uniformity")),
     ("learning rate", ("lr",)),
     ("gradient norm", ("grad_norm",)),
     ("utterances per second", ("utterances_per_second",)),
@@ -117,6 +120,52 @@ def score_histogram(
             axes.axvline(threshold, color=_GREY, linestyle="--", linewidth=1.2, label=f"threshold {threshold:.3f}")
         axes.set(xlabel="score", ylabel="density")
         figure.legend(loc="outside upper left", ncols=2, fontsize=9, columnspacing=1.2, handlelength=1.4)
+        return _render(figure, picture)
+
+
+def group_errors(groups: Sequence[Group], control: Control | None = None, *, picture: Format = "png") -> bytes:
+    """Equal error rates of parts of a list as bars, with the numbers of trials, and of the control.
+
+    Args:
+        groups: the whole list first.
+        control: its rates are drawn if it is there.
+        picture: format of the result.
+    """
+    bars = []
+    kinds = list(dict.fromkeys(group.by for group in groups))
+    for group in groups:
+        shown = "too few trials" if group.eer is None else f"{group.eer:.2%}"
+        note = f"{shown}  ({group.targets} / {group.non_targets})"
+        bars.append((kinds.index(group.by), group.label, group.eer, note))
+    if control is not None:
+        quiet = f"quietest {control.quiet_share:.0%} of frames"
+        rates = (
+            (f"{quiet}: spectrum", control.spectrum_eer),
+            (f"{quiet}: whitened", control.whitened_eer),
+            (f"{quiet}: model", control.quiet_model_eer),
+            ("all frames: whitened spectrum", control.all_frames_eer),
+        )
+        bars += [(len(kinds), name, rate, f"{rate:.2%}") for name, rate in rates]
+    with mpl.rc_context(_STYLE):
+        # A gap between two kinds of parts.
+        places = [number + 0.5 * kind for number, (kind, *_) in enumerate(bars)]
+        figure = Figure(figsize=(7.4, 1.1 + 0.3 * (places[-1] + 1)), layout="constrained")
+        axes = figure.subplots()
+        for place, (kind, _, rate, note) in zip(places, bars, strict=True):
+            colour = _GREY if kind == len(kinds) else _COLOURS[kind % len(_COLOURS)]
+            axes.barh(place, 100 * (rate or 0.0), height=0.75, color=colour, alpha=0.8)
+            # Its white ground keeps the line of the whole list out of the text.
+            ground = {"facecolor": "white", "edgecolor": "none", "pad": 1.0}
+            at = (100 * (rate or 0.0), place)
+            axes.annotate(note, at, (5, 0), textcoords="offset points", va="center", fontsize=8, bbox=ground)
+        if groups[0].eer is not None:
+            axes.axvline(100 * groups[0].eer, color=_GREY, linestyle="--", linewidth=1.0)
+        axes.set_yticks(places, [name for _, name, *_ in bars])
+        axes.grid(visible=False, axis="y")
+        axes.set_ylim(places[-1] + 0.7, -0.7)
+        largest = max([rate for _, _, rate, _ in bars if rate is not None], default=0.5)
+        axes.set_xlim(0, max(150 * largest, 1.0))
+        axes.set_xlabel("EER (%), in brackets the target / non-target trials")
         return _render(figure, picture)
 
 

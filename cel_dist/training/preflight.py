@@ -15,6 +15,7 @@ from cel_dist.distributed import World
 from cel_dist.encoders import find_encoder
 from cel_dist.errors import CelError
 from cel_dist.evaluation.embed import file_sizes
+from cel_dist.evaluation.metadata import Metadata
 from cel_dist.evaluation.trials import Trials
 from cel_dist.training.classes import read_classes
 from cel_dist.training.objective import initial_encoder
@@ -86,7 +87,10 @@ def preflight(config: Config, num_ranks: int | None, resume: str) -> Checked:
         if config.head.init:
             read_classes(config.head.init)
     if start.result is None and config.eval.trials is not None and config.eval.root is not None:
-        file_sizes(config.eval.root, Trials.read(config.eval.trials).files)
+        trials = Trials.read(config.eval.trials)
+        file_sizes(config.eval.root, trials.files)
+        if config.eval.metadata is not None:
+            Metadata.read(config.eval.metadata, trials.files).check(trials)
     return Checked(shards, plan, bank, start, speakers)
 
 

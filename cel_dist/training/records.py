@@ -1,7 +1,7 @@
 """What a run writes down while it trains: lines in the log, points in MLflow, and objects in two files.
 
 metrics.jsonl        one an interval: step, epoch, means of the losses, speed, learning rate, ...
-evaluations.jsonl    one an evaluation: step, epoch, eer, min_dcf
+evaluations.jsonl    one an evaluation: step, epoch, eer, min_dcf, eval_alignment, eval_uniformity
 skipped.jsonl        one a batch that was skipped: step, epoch, reason, ids of its samples, and `not_finite`, the ids of
                      those whose features are not finite
 """
@@ -189,10 +189,12 @@ class Records:
         self._write(METRICS, step, epoch, means)
         logger.info("%s", interval_line(step, self._total_steps, epoch, means, self._eer, datetime.now()))
 
-    def write_evaluation(self, *, step: int, epoch: int, eer: float, min_dcf: float) -> None:
-        """Record an evaluation."""
+    def write_evaluation(
+        self, *, step: int, epoch: int, eer: float, min_dcf: float, values: Mapping[str, float] | None = None
+    ) -> None:
+        """Record an evaluation, and further `values` of it."""
         self._eer = eer
-        self._write(EVALUATIONS, step, epoch, {"eer": eer, "min_dcf": min_dcf})
+        self._write(EVALUATIONS, step, epoch, {"eer": eer, "min_dcf": min_dcf, **(values or {})})
         logger.info("%s", evaluation_line(step, self._total_steps, epoch, eer, min_dcf))
 
     def write_skipped(self, *, step: int, epoch: int, reason: str, batch: Mapping[str, list[int]]) -> None:

@@ -17,6 +17,7 @@ from cel_dist.distributed import World
 from cel_dist.engine import Engine
 from cel_dist.errors import PreemptedError, RunError
 from cel_dist.evaluation.embed import raised_together
+from cel_dist.evaluation.geometry import sphere_measures
 from cel_dist.process_group import process_group
 from cel_dist.random_state import seed_all
 from cel_dist.tracking import Tracker
@@ -303,7 +304,11 @@ class Trainer:
         with raised_together(self.world):
             if self.records:
                 self.records.write_evaluation(
-                    step=self.state.step, epoch=self._epoch(), eer=result.eer, min_dcf=result.min_dcf["0.05"]
+                    step=self.state.step,
+                    epoch=self._epoch(),
+                    eer=result.eer,
+                    min_dcf=result.min_dcf["0.05"],
+                    values=sphere_measures(result.embeddings, result.trials),
                 )
         self.checkpoints.update(self.state)
 

@@ -14,8 +14,9 @@ from cel_dist.description import Provenance
 from cel_dist.distributed import World
 from cel_dist.engine import Engine
 from cel_dist.errors import RunError
-from cel_dist.evaluation import Evaluation, evaluate
+from cel_dist.evaluation import Evaluation, diagnose, evaluate
 from cel_dist.evaluation.embed import raised_together
+from cel_dist.evaluation.metadata import Metadata
 from cel_dist.model import SpeakerModel
 from cel_dist.network import describe
 from cel_dist.training.checkpoint import TrainState
@@ -42,6 +43,7 @@ class Validation:
         self._run_dir: Path = config.run.dir
         self._steps_per_epoch = steps_per_epoch
         self._best: tuple[SpeakerModel, Evaluation | None] | None = None
+        self._metadata: Metadata | None = None
         self._encoder: nn.Module = new_encoder(config).to(device)
 
     def model(self, engine: Engine, step: int) -> SpeakerModel:
@@ -71,6 +73,11 @@ class Validation:
             self._best = (model, None)
             return None
         result = evaluate(model, self._config.eval.trials, self._config.eval.root, world=self._world)
+        table = self._config.eval.metadata
+        with raised_together(self._world):
+            if table is not None and self._metadata is None and self._world.is_main:
+                self._metadata = Metadata.read(table, result.trials.files)
+                self._metadata.check(result.trials)
         state.evaluated_step = state.step
         if state.step == 0:
             state.first_eer = result.eer
@@ -108,6 +115,8 @@ class Validation:
     def _write(self, model: SpeakerModel, result: Evaluation | None) -> None:
         if result is not None:
             result.write_scores(self._run_dir / "evaluation")
+            if self._metadata is not None:
+                diagnose(result, self._metadata).write(self._run_dir / "evaluation")
             model = model.calibrate(result.threshold, result.calibration)
             model.description.training.metrics = {"eer": result.eer, "min_dcf": result.min_dcf["0.05"]}
         model.save(self._run_dir / "model")
