@@ -59,17 +59,23 @@ class World:
         """Whether this is rank 0, which alone writes records."""
         return self.rank == 0
 
-    def rows(self, batch_size: int) -> slice:
-        """The rows of a global batch of `batch_size` utterances that this rank owns.
+    def rows(self, num_rows: int, utterances_a_row: int = 1) -> slice:
+        """The rows of a global batch of `num_rows` that this rank owns.
 
         Raises:
             CelError: the batch does not divide by the number of ranks; names the next one that does.
+
+        >>> World(rank=1, size=2).rows(6)
+        slice(3, 6, None)
         """
-        share, rest = divmod(batch_size, self.size)
+        share, rest = divmod(num_rows, self.size)
         if rest:
+            speakers = (
+                "" if utterances_a_row == 1 else f" ({num_rows} speakers with labels.utterances={utterances_a_row})"
+            )
             raise CelError(
-                f"train.batch_size={batch_size} does not divide by {self.size} ranks; the next that does is "
-                f"{(share + 1) * self.size}"
+                f"train.batch_size={num_rows * utterances_a_row}{speakers} does not divide by {self.size} ranks; the "
+                f"next that does is {(share + 1) * self.size * utterances_a_row}"
             )
         return slice(self.rank * share, (self.rank + 1) * share)
 

@@ -14,6 +14,7 @@ from cel_dist.config_sections import LabelsSection
 from cel_dist.data.prepare import prepare
 from cel_dist.errors import CelError
 from cel_dist.training.classes import read_classes
+from cel_dist.training.preflight import preflight
 
 PROJECT = Path(__file__).resolve().parent.parent
 LABELLED = {
@@ -150,6 +151,12 @@ def test_a_run_without_labels_in_its_shards_says_what_to_do(small_corpus, tmp_pa
     outcome = train_job(config_of(small_corpus, tmp_path))
     assert "cel prepare" in outcome
     assert "--labels" in outcome
+
+
+def test_a_batch_that_ranks_cannot_share_is_told_in_utterances(labelled, tmp_path):
+    config = load_config(write_config(labelled, tmp_path, labels={"use": True}, train={"batch_size": 6}))
+    with pytest.raises(CelError, match=r"train.batch_size=6 \(3 speakers .* by 2 ranks; the next that does is 8"):
+        preflight(config, 2, "auto")
 
 
 def test_a_head_of_no_run_is_named_before_training(labelled, tmp_path):

@@ -59,7 +59,7 @@ def preflight(config: Config, num_ranks: int | None, resume: str) -> Checked:
         CelError: something is missing, damaged, or does not fit the rest.
     """
     if num_ranks is not None:
-        World(size=num_ranks).rows(config.rows)
+        World(size=num_ranks).rows(config.rows, config.labels.utterances if config.labels.use else 1)
         _require_rows(config, num_ranks)
     _require_usable_folder(config.run.dir)
     data = config.data
