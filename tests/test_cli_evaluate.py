@@ -148,7 +148,7 @@ def test_smaller_batches_leave_the_scores(cel, folder):
         ("1 a.wav b.wav\n0 a.wav c.wav\n0 a.wav b.wav\n", "line 3: the pair of line 1 with the other label"),
         ("1 a.wav b.wav\n0 a.wav\n", "trials.txt, line 2: 2 columns instead of 3"),
         # Six columns in two lines, but not three in each.
-        ("1 a.wav\n0 a.wav b.wav 1\n", "trials.txt, line 1: 2 columns instead of 3"),
+        ("1 a.wav\n1 0 1 b.wav\n", "trials.txt, line 1: 2 columns instead of 3"),
         ("1 a.wav b.wav\n0 a b.wav c.wav\n", "line 2: 4 columns instead of 3; write 'label enrol test'"),
         ("1 a.wav b.wav\n0\ta b.wav\tc.wav\n", "the first is a b.wav"),
         ("same a.wav b.wav\n", "line 1: no label in 'same a.wav b.wav'"),
