@@ -91,6 +91,16 @@ def test_adaptive_norm_with_the_whole_cohort_is_the_plain_one_and_says_so(caplog
     assert not np.allclose(narrow, plain)
 
 
+def test_adaptive_norm_takes_the_most_similar_of_a_large_cohort():
+    generator = np.random.default_rng(0)
+    rows, cohort = (unit(*generator.uniform(0, 360, count)) for count in (3, 400))
+    nearest = np.sort(cohort_scores(rows, cohort, "cosine"), axis=1)[:, -7:]
+    plain = pair_scores(rows, ENROL, TEST, "cosine")
+    expected = [(plain - nearest[side].mean(axis=1)) / nearest[side].std(axis=1) for side in (ENROL, TEST)]
+    back_end = BackEnd(scoring="cosine", score_norm="as", cohort=cohort, top_n=7)
+    np.testing.assert_allclose(back_end.score(rows, ENROL, TEST), np.mean(expected, axis=0), rtol=1e-9)
+
+
 def test_z_and_t_change_places_with_the_sides():
     rows, cohort = unit(0, 35, 200), unit(10, 100, 250)
     forth = BackEnd(score_norm="z", cohort=cohort).score(rows, ENROL, TEST)

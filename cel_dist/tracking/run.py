@@ -172,7 +172,7 @@ class MlflowTracker(Tracker):
         first version of a registered name gets the alias `champion`; a later one takes it over only by hand.
 
         Args:
-            model_folder: `encoder.safetensors` and `model.json`.
+            model_folder: as `SpeakerModel.save` writes it; all of it is kept.
             sample: a waveform [T] with sound, int16 or of full scale 1.0; its first second becomes the input example.
             register_as: name in the registry.
 
