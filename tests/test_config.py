@@ -47,6 +47,7 @@ def test_the_dumped_configuration_reads_back_equal(tmp_path):
         ({"loss": {"lambda_s": 0, "lambda_u": 0}}, "nothing is learned"),
         ({"optim": {"lr": 1e-4, "min_lr": 1e-3}}, "optim.min_lr"),
         ({"eval": {"trials": "t.txt"}}, "eval.trials and eval.root"),
+        ({"eval": {"metadata": "t.tsv"}}, "eval.metadata describes the utterances of eval.trials"),
         ({"data": {}}, "'data.shards' is required"),
         ({"optim": {"lr": float("inf")}}, "'optim.lr': .*finite number, not inf"),
         ({"optim": {"weight_decay": float("inf")}}, "'optim.weight_decay': .*finite"),

@@ -54,6 +54,7 @@ def test_what_can_be_found_wrong_is_found_before_a_process_is_started(config, sm
         (validation, "eval.trials=nowhere.txt"): r"cannot read the trials file nowhere\.txt",
         (validation, f"eval.trials={one_class}"): "error rates need both kinds",
         (validation, f"eval.trials={silent}"): r"1 of 3 audio files are missing .* spk00/gone\.wav",
+        (validation, f"eval.trials={small_corpus.trials}", f"eval.metadata={text}"): "line 1 of .*text is not 'path sp",
         (f"run.dir={text}",): "text is a file; name a folder",
         (f"run.dir={text}/run",): "text is a file; name a folder",
     }.items():

@@ -182,7 +182,8 @@ def _on_matched_trials(
 ) -> MatchedTrials | None:
     """The model on as many targets as non-targets from each stratum of the control's scores.
 
-    Strata hold equally many of the class that is scarcer where both lie, so that they are narrow there.
+    The strata are between quantiles of the scores that both classes have. Which of the more numerous class are taken is
+    drawn with a fixed seed.
     """
     targets, others = np.flatnonzero(labels == 1), np.flatnonzero(labels == 0)
     low = max(control[targets].min(), control[others].min())

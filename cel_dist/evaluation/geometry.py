@@ -9,8 +9,9 @@ import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
 from pydantic import BaseModel, ConfigDict
+from scipy.sparse import csr_matrix
 
-from cel_dist.evaluation.metadata import Metadata
+from cel_dist.evaluation.metadata import Metadata, name_numbers
 from cel_dist.evaluation.trials import Trials
 from cel_dist.losses import uniformity
 
@@ -86,12 +87,9 @@ def measure_geometry(
         if metadata.session is not None:
             # Only where both are known can a pair be told to be within a session or between two.
             known = (metadata.speaker != "") & (metadata.session != "")
-            own, voices = rows[known], metadata.speaker[known]
-            both = np.array(
-                [f"{voice}\t{session}" for voice, session in zip(voices, metadata.session[known], strict=True)], np.str_
-            )
-            within = _alignment_of(own, both)
-            between = _difference(_alignment_of(own, voices), within)
+            joined = np.char.add(np.char.add(metadata.speaker, "\t"), metadata.session)
+            within = _alignment_of(rows, np.where(known, joined, ""))
+            between = _difference(_alignment_of(rows, np.where(known, metadata.speaker, "")), within)
     potential, num_used = _uniformity(rows, max_rows)
     return Geometry(
         utterances=rows.shape[0],
@@ -121,11 +119,12 @@ def sphere_measures(embeddings: NDArray[np.float32], trials: Trials) -> dict[str
 
 def unit_rows(embeddings: ArrayLike) -> NDArray[np.float64]:
     """One unit vector an utterance, float64 [N, D], from [N, D] or [N, windows, D]."""
-    rows = np.asarray(embeddings, dtype=np.float64)
-    rows = rows.mean(axis=1) if rows.ndim == 3 else rows
-    lengths = np.linalg.norm(rows, axis=1, keepdims=True)
-    unit: NDArray[np.float64] = rows / np.maximum(lengths, np.finfo(np.float64).tiny)
-    return unit
+    given = np.asarray(embeddings)
+    # Not the windows themselves in float64: of a long list they are gigabytes.
+    rows: NDArray[np.float64] = given.mean(axis=1, dtype=np.float64) if given.ndim == 3 else given.astype(np.float64)
+    lengths = np.sqrt(np.einsum("nd,nd->n", rows, rows))
+    rows /= np.maximum(lengths, np.finfo(np.float64).tiny)[:, None]
+    return rows
 
 
 def _uniformity(rows: NDArray[np.float64], max_rows: int) -> tuple[float, int]:
@@ -149,13 +148,14 @@ def _alignment_of(rows: NDArray[np.float64], groups: NDArray[np.str_]) -> Alignm
 
     The sum over the pairs of n rows of |a - b|^2 is n sum |a|^2 - |sum a|^2: no pair is ever looked at.
     """
-    known = groups != ""
-    rows = rows[known]
-    _, members = np.unique(groups[known], return_inverse=True)
-    counts = np.bincount(members) if len(members) else np.zeros(0, np.int64)
-    sums = np.zeros((len(counts), rows.shape[1]))
-    np.add.at(sums, members, rows)
-    squares = np.bincount(members, np.square(rows).sum(axis=1), minlength=len(counts))
+    numbers = name_numbers(groups)
+    known = np.flatnonzero(numbers >= 0)
+    # A row a group, with ones at its members: the sums of the groups are one product, and no row is copied.
+    ones = (np.ones(len(known)), (numbers[known], known))
+    membership = csr_matrix(ones, shape=(int(numbers.max(initial=-1)) + 1, len(rows)))
+    counts = np.diff(membership.indptr).astype(np.int64)
+    sums = membership @ rows
+    squares = membership @ np.einsum("nd,nd->n", rows, rows)
     pairs = int((counts * (counts - 1) // 2).sum())
     total = float((counts * squares - np.square(sums).sum(axis=1)).sum())
     return Alignment(mean=max(total, 0.0) / pairs if pairs else None, pairs=pairs)
@@ -172,10 +172,11 @@ def _difference(whole: Alignment, part: Alignment) -> Alignment:
 
 def _spectrum(rows: NDArray[np.float64]) -> tuple[float, int]:
     """Effective rank, and number of principal components that hold `_VARIANCE_SHARE` of the variance."""
-    covariance = np.cov(rows, rowvar=False, bias=True).reshape(rows.shape[1], rows.shape[1])
+    mean = rows.mean(axis=0)
+    covariance = rows.T @ rows / len(rows) - np.outer(mean, mean)
     variances = np.maximum(np.linalg.eigvalsh(covariance)[::-1], 0)
     total = variances.sum()
-    if total <= np.finfo(np.float64).eps:
+    if total <= 1e-12:
         return 1.0, 0
     shares = variances / total
     used = shares[shares > 0]
