@@ -101,6 +101,18 @@ def test_utterances_of_a_long_list_share_passes_if_they_are_equally_long(model, 
     assert encoded == [(10, 4800)]
 
 
+@pytest.mark.parametrize("num_ranks", [1, 2, 3, 8])
+@pytest.mark.parametrize("number", [1, 5, 200, 5000])
+def test_every_utterance_is_dealt_to_one_rank_and_the_first_rank_has_most(number, num_ranks):
+    groups = embed._groups(np.random.default_rng(0).permutation(number))
+    dealt = [embed._dealt(groups, rank, num_ranks) for rank in range(num_ranks)]
+    assert sorted(np.concatenate(dealt).tolist()) == list(range(number))
+    counts = [len(share) for share in dealt]
+    assert max(counts) == counts[0]
+    # Ranks differ by a group at most, of which a list has many.
+    assert counts[0] - min(counts) <= max(1, number // 64)
+
+
 def test_silent_segments_are_left_out_and_silence_alone_is_refused(model, tmp_path):
     path = tmp_path / "a.wav"
     path.write_bytes(encode_audio(np.concatenate([noise(0.4), np.zeros(6400, np.int16), noise(0.2, 1)]), "wav"))

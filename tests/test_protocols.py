@@ -309,6 +309,8 @@ def test_a_model_of_several_parts_is_the_mean_of_their_embeddings(cel, model, si
         ("m a.wav from here\n", "a part from 'from' to 'here'"),
         ("other a.wav\n", "trials.txt, line 3: the model m is not among the 1 of enrol.txt"),
         ("m a.wav 5 6\nother a.wav\n", "a.wav ends after 1 s, but a part of it is to begin at 5 s"),
+        ("other a.wav\nm c.wav 0.0 0.5\nc.wav a.wav 0.1 0.9\n", "enrol.txt: c.wav is the name of a model of several"),
+        ("other c.wav\nm a.wav 0.0 0.5\nc.wav a.wav\nc.wav c.wav\n", "give the model another name"),
         (None, "cannot read the enrolments enrol.txt"),
     ],
 )

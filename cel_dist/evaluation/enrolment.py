@@ -78,6 +78,23 @@ class Enrolment:
                 "belong together"
             ) from None
 
+    def require_own_names(self, tested: Iterable[str]) -> None:
+        """Refuse models that could be mistaken for a file among the utterances.
+
+        Args:
+            tested: names of test files.
+
+        Raises:
+            CelError: a model that is not one whole file has the name of a test file, or of one that is a model.
+        """
+        files = {*tested, *(name for model in self.models if (name := self.utterance(model)) != model)}
+        clashing = sorted(files & self.sources.keys())
+        if clashing:
+            raise CelError(
+                f"{self.origin}: {clashing[0]} is the name of a model of several files, or of a part of one, and of a "
+                "file that is compared with; give the model another name"
+            )
+
     @property
     def sources(self) -> dict[str, tuple[Excerpt, ...]]:
         """What to embed for the models that are not one whole file, by their names."""

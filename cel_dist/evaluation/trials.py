@@ -73,8 +73,8 @@ class Trials:
 
         Raises:
             CelError: the file cannot be read or is empty, a line has not three columns or an unknown label, a model is
-                not enrolled, a pair is listed both as target and as non-target, or all trials are of one class. Lines
-                are named by number.
+                not enrolled or has the name of a file, a pair is listed both as target and as non-target, or all trials
+                are of one class. Lines are named by number.
         """
         numbering = _Numbering()
         labels, pairs, numbers = [], [], []
@@ -92,6 +92,9 @@ class Trials:
             raise CelError(f"{path} holds no trials; write one a line: label (1 or 0), enrolment file, test file")
         both = np.concatenate(pairs)
         sources = {} if enrolment is None else enrolment.sources
+        if enrolment is not None:
+            names = list(numbering)
+            enrolment.require_own_names(names[number] for number in np.unique(both[:, 1]))
         trials = cls(
             list(numbering),
             np.concatenate(labels),
