@@ -88,7 +88,7 @@ def test_another_experiment_does_not_go_on_in_the_same_folder(finished, override
 def test_another_network_does_not_go_on_from_a_checkpoint(finished, tmp_path, override):
     checkpoint = finished.parent / "run" / "checkpoints" / "step-00000004"
     config = load_config(finished, [f"run.dir={tmp_path / 'fork'}", override])
-    with pytest.raises(CelError, match=rf"this run has {override};.* encoder\.init"):
+    with pytest.raises(CelError, match=rf"this run has {override}; .* start a new run .*\(encoder\.init"):
         start_of(config, str(checkpoint))
 
 
