@@ -96,3 +96,14 @@ def test_the_tables_of_scaling_are_written_again_without_measuring(tmp_path: Pat
     assert done.returncode == 0, done.stderr
     faster = json.loads((tmp_path / "scaling.json").read_text())["model"]["grid"]
     assert all(row["efficiency"] < grid[row["encoder"], row["network"], row["b"], row["W"]] for row in faster)
+
+
+def test_the_table_of_the_metrics_is_written_again_without_measuring(tmp_path: Path) -> None:
+    stored = PROJECT / "benchmarks/results/metrics.json"
+    shutil.copy(stored, tmp_path)
+    command = [sys.executable, PROJECT / "benchmarks/metrics.py", "--table", "--results", tmp_path]
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "metrics.md").read_text() == stored.with_suffix(".md").read_text()
+    names = [row["name"] for row in json.loads(stored.read_text())["rows"]]
+    assert names == ["error_rates", "euclidean", "cosine", "adaptive_s_norm", "intervals_short", "intervals_listed"]

@@ -16,7 +16,15 @@ from cel_dist.data.audio import encode_audio
 from cel_dist.distributed import World
 from cel_dist.encoders import build_encoder
 from cel_dist.errors import CelError, RunError
-from cel_dist.evaluation import Trials, embed_files, evaluate, fit_calibration, score_trials, write_embeddings
+from cel_dist.evaluation import (
+    BackEndSettings,
+    Trials,
+    embed_files,
+    evaluate,
+    fit_calibration,
+    score_trials,
+    write_embeddings,
+)
 from cel_dist.model import EncoderDescription, ModelDescription, SpeakerModel, load_model
 
 DIMENSION = 32
@@ -44,6 +52,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "trials.txt").write_text(
         "1 s0/0.wav s0/2.wav\n0 s0/0.wav s1/1.wav\n1 s1/1.wav s1/3.wav\n0 s1/3.wav s0/4.wav\n0 s0/2.wav s1/1.wav\n"
     )
+    (folder / "cohort.txt").write_text("s0/4.wav\ns1/3.wav\ns0/2.wav\n")
     return folder
 
 
@@ -247,10 +256,15 @@ def rank_of_two(rank: int, folder: Path, corpus: Path) -> None:
         )
         outcome[f"scores{frames}"] = result.scores.tolist()
         outcome[f"embedded{frames}"] = len(done)
+    normalised = BackEndSettings(score_norm="as", cohort=corpus / "cohort.txt", top_n=2)
+    result = evaluate(model, corpus / "trials.txt", corpus, world=world, back_end=normalised, quality="duration")
+    outcome["normalised"] = [*result.scores.tolist(), result.threshold]
+    lacking = BackEndSettings(score_norm="s", cohort=corpus / ("cohort.txt" if rank else "absent.txt"))
     faults = {
         # Each of these happens on one rank only; the other must hear of it instead of waiting.
         "missing": lambda: embed_files(model, corpus if rank == 0 else "/nowhere", ["s0/0.wav"], world=world),
         "trials": lambda: evaluate(model, corpus / "trials.txt" if rank else "/nowhere", corpus, world=world),
+        "cohort": lambda: evaluate(model, corpus / "trials.txt", corpus, world=world, back_end=lacking),
         "unreadable": lambda: embed_files(model, folder, ["long.wav", "text.wav"], world=world),
         "diverged": lambda: embed_files(broken(model, rank), corpus, ["s0/0.wav", "s1/1.wav"], world=world),
     }
@@ -290,11 +304,19 @@ def test_two_ranks_share_the_work_and_score_as_one_process(model, corpus, two_ra
     assert len((folder / f"out{frames}" / "scores.txt").read_text().splitlines()) == 5
 
 
+def test_two_ranks_normalise_by_the_same_cohort(model, corpus, two_ranks):
+    settings = BackEndSettings(score_norm="as", cohort=corpus / "cohort.txt", top_n=2)
+    alone = evaluate(model, corpus / "trials.txt", corpus, back_end=settings, quality="duration")
+    for rank in two_ranks[1]:
+        np.testing.assert_allclose(rank["normalised"], [*alone.scores, alone.threshold], rtol=1e-9)
+
+
 @pytest.mark.parametrize(
     ("fault", "failing", "kind", "message"),
     [
         ("missing", 1, "CelError", "1 of 1 audio files are missing under /nowhere"),
         ("trials", 0, "CelError", "cannot read the trials file /nowhere"),
+        ("cohort", 0, "CelError", "cannot read the list"),
         ("unreadable", 1, "CelError", "text.wav cannot be read as audio"),
         ("diverged", 1, "RunError", "is not finite"),
     ],

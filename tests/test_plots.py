@@ -41,6 +41,15 @@ def test_det_plot_states_the_equal_error_rate_of_every_curve():
     assert f"EER {eer(SCORES, LABELS):.2%}" in texts(det_plot({"": (SCORES, LABELS)}, picture="svg"))
 
 
+def test_det_plot_of_many_trials_draws_what_can_be_seen_of_them():
+    generator = np.random.default_rng(0)
+    labels = generator.integers(0, 2, 300_000)
+    scores = generator.normal(2.0 * labels, 1)
+    picture = det_plot({"": (scores, labels)}, picture="svg")
+    assert len(picture) < 50_000
+    assert f"EER {eer(scores, labels):.2%}" in texts(picture)
+
+
 def test_det_plot_of_perfect_scores_is_drawn():
     assert "EER 0.00%" in texts(det_plot({"": (LABELS.astype(float), LABELS)}, picture="svg"))
 
