@@ -13,6 +13,7 @@ from cel_dist.description import Calibration
 from cel_dist.encoders import build_encoder
 from cel_dist.errors import CelError
 from cel_dist.evaluation import BackEndSettings, BootstrapSettings, evaluate, fit_calibration
+from cel_dist.evaluation.cutting import Cutting
 from cel_dist.metrics import act_dcf, cllr
 from cel_dist.model import EncoderDescription, ModelDescription, SpeakerModel, load_model
 
@@ -176,16 +177,16 @@ def test_a_cohort_in_the_trials_is_warned_of_and_speakers_are_averaged(model, co
     result = evaluate(model, corpus / "fit.txt", corpus, back_end=settings)
     assert result.back_end.cohort.shape == (3, DIMENSION)
     with pytest.raises(CelError, match="leave out --frames"):
-        evaluate(model, corpus / "fit.txt", corpus, frames=20, windows=2, back_end=settings)
+        evaluate(model, corpus / "fit.txt", corpus, back_end=settings, cutting=Cutting(frames=20, windows=2))
 
 
 def test_windows_are_normalised_by_windows_and_not_by_a_stored_cohort(model, corpus):
     settings = BackEndSettings(score_norm="s", cohort=corpus / "cohort.txt")
-    result = evaluate(model, corpus / "fit.txt", corpus, frames=20, windows=2, back_end=settings)
+    result = evaluate(model, corpus / "fit.txt", corpus, back_end=settings, cutting=Cutting(frames=20, windows=2))
     assert result.back_end.cohort.shape == (3, 2, DIMENSION)
     normed = SpeakerModel(model.encoder, model.description, BackEnd(score_norm="s", cohort=np.eye(DIMENSION)[:4]))
     with pytest.raises(CelError, match="says nothing of windows"):
-        evaluate(normed, corpus / "fit.txt", corpus, frames=20)
+        evaluate(normed, corpus / "fit.txt", corpus, cutting=Cutting(frames=20))
 
 
 def test_a_back_end_that_is_missing_or_of_another_model_is_refused(model, corpus, tmp_path):

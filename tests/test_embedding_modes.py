@@ -13,6 +13,7 @@ from cel_dist.data.audio import encode_audio
 from cel_dist.encoders import build_encoder
 from cel_dist.errors import CelError
 from cel_dist.evaluation import embed, embed_files
+from cel_dist.evaluation.cutting import Cutting
 from cel_dist.model import EncoderDescription, ModelDescription, SpeakerModel
 from cel_dist.utterance import Excerpt
 
@@ -63,7 +64,7 @@ FILES = [f"{number}.wav" for number in range(5)]
 
 
 def test_an_utterance_is_the_mean_of_equal_segments_of_which_the_last_reaches_back(model, folder):
-    rows = embed_files(model, folder, FILES, segment_seconds=0.4)
+    rows = embed_files(model, folder, FILES, cutting=Cutting(segment_seconds=0.4))
     for number in (0, 2, 4):
         # Not longer than a segment: whole.
         np.testing.assert_array_equal(rows[number], model.embed(folder / FILES[number]))
@@ -75,15 +76,15 @@ def test_an_utterance_is_the_mean_of_equal_segments_of_which_the_last_reaches_ba
 
 
 def test_segments_that_fit_exactly_do_not_overlap(model, folder, encoded):
-    embed_files(model, folder, ["3.wav"], segment_seconds=0.25)
+    embed_files(model, folder, ["3.wav"], cutting=Cutting(segment_seconds=0.25))
     assert encoded == [(4, 4000)]
 
 
 def test_a_batch_holds_so_many_seconds_and_the_embeddings_stay(model, folder, encoded):
-    small = embed_files(model, folder, ["3.wav"], segment_seconds=0.2, batch_seconds=0.4)
+    small = embed_files(model, folder, ["3.wav"], cutting=Cutting(segment_seconds=0.2, batch_seconds=0.4))
     assert encoded == [(2, 3200), (2, 3200), (1, 3200)]
     encoded.clear()
-    large = embed_files(model, folder, ["3.wav"], segment_seconds=0.2)
+    large = embed_files(model, folder, ["3.wav"], cutting=Cutting(segment_seconds=0.2))
     assert encoded == [(5, 3200)]
     np.testing.assert_allclose(small, large, atol=1e-6)
 
@@ -97,7 +98,7 @@ def test_utterances_of_a_long_list_share_passes_if_they_are_equally_long(model, 
     assert sorted(encoded) == [(1, 12000), (1, 16000), (3, 4800)]
     np.testing.assert_allclose(together, alone, atol=1e-6)
     encoded.clear()
-    embed_files(model, folder, FILES, segment_seconds=0.3)
+    embed_files(model, folder, FILES, cutting=Cutting(segment_seconds=0.3))
     assert encoded == [(10, 4800)]
 
 
@@ -116,17 +117,17 @@ def test_every_utterance_is_dealt_to_one_rank_and_the_first_rank_has_most(number
 def test_silent_segments_are_left_out_and_silence_alone_is_refused(model, tmp_path):
     path = tmp_path / "a.wav"
     path.write_bytes(encode_audio(np.concatenate([noise(0.4), np.zeros(6400, np.int16), noise(0.2, 1)]), "wav"))
-    rows = embed_files(model, tmp_path, ["a.wav"], segment_seconds=0.2)
+    rows = embed_files(model, tmp_path, ["a.wav"], cutting=Cutting(segment_seconds=0.2))
     expected = mean_of(model.embed([noise(0.4)[:3200], noise(0.4)[3200:], noise(0.2, 1)]))
     np.testing.assert_allclose(rows[0], expected, atol=1e-6)
     path.write_bytes(encode_audio(np.zeros(16000, np.int16), "wav"))
     with pytest.raises(CelError, match=r"a\.wav cannot be embedded \(silent"):
-        embed_files(model, tmp_path, ["a.wav"], segment_seconds=0.2)
+        embed_files(model, tmp_path, ["a.wav"], cutting=Cutting(segment_seconds=0.2))
 
 
 def test_windows_may_become_one_embedding(model, folder):
-    kept = embed_files(model, folder, FILES, frames=20, windows=3)
-    mean = embed_files(model, folder, FILES, frames=20, windows=3, windows_as="embedding")
+    kept = embed_files(model, folder, FILES, cutting=Cutting(frames=20, windows=3))
+    mean = embed_files(model, folder, FILES, cutting=Cutting(frames=20, windows=3, windows_as="embedding"))
     assert kept.shape == (5, 3, DIMENSION)
     assert mean.shape == (5, DIMENSION)
     for row, windows in zip(mean, kept, strict=True):
@@ -175,13 +176,14 @@ def test_memory_does_not_grow_with_the_length_of_a_file(model, tmp_path):
     program = """
 import resource, sys, torch
 from cel_dist.data.audio import read_audio
+from cel_dist.evaluation.cutting import Cutting
 from cel_dist.evaluation.embed import embed_files
 from cel_dist.model import load_model
 torch.set_num_threads(1)
 model = load_model("model")
 model.encode = lambda waves, names: torch.ones(len(waves), 16).numpy() / 4
 def peak(name, **cutting):
-    embed_files(model, ".", [name], **cutting)
+    embed_files(model, ".", [name], cutting=Cutting(**cutting))
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 print(*[peak(name, **cutting) for name in ("short.flac", "long.flac")
         for cutting in (dict(), dict(segment_seconds=4), dict(frames=200))])

@@ -25,6 +25,7 @@ from cel_dist.evaluation import (
     score_trials,
     write_embeddings,
 )
+from cel_dist.evaluation.cutting import Cutting
 from cel_dist.model import EncoderDescription, ModelDescription, SpeakerModel, load_model
 
 DIMENSION = 32
@@ -134,7 +135,7 @@ def test_embeddings_come_in_the_order_of_the_files_and_report_progress(model, co
     rows = embed_files(model, corpus, files, progress=lambda done, total: told.append((done, total)))
     np.testing.assert_array_equal(rows, model.embed([corpus / name for name in files]))
     assert told == [(1, 3), (2, 3), (3, 3)]
-    windowed = embed_files(model, corpus, files, frames=20, windows=2)
+    windowed = embed_files(model, corpus, files, cutting=Cutting(frames=20, windows=2))
     assert windowed.shape == (3, 2, DIMENSION)
     np.testing.assert_array_equal(windowed[1], model.embed_windows(corpus / files[1], 20, 2))
 
@@ -172,7 +173,7 @@ def test_unreadable_audio_is_named(model, corpus, tmp_path):
 @pytest.mark.parametrize(("settings", "name"), [({"frames": 15}, "frames=15"), ({"windows": 0}, "windows=0")])
 def test_settings_out_of_range_are_refused(model, corpus, settings, name):
     with pytest.raises(CelError, match=name):
-        evaluate(model, corpus / "trials.txt", corpus, **settings)
+        evaluate(model, corpus / "trials.txt", corpus, cutting=Cutting(**settings))
 
 
 @pytest.mark.parametrize("frames", [0, 200])
@@ -182,7 +183,7 @@ def test_scores_equal_those_of_the_published_implementation(shared, tmp_path, fr
     golden = golden[:10] if frames else golden
     path = written(tmp_path, "".join(line.rsplit(" ", 1)[0] + "\n" for line in golden))
     published = load_model(shared / "golden" / "published_format.model")
-    result = evaluate(published, path, shared / "data" / "corpus", frames=frames, windows=10)
+    result = evaluate(published, path, shared / "data" / "corpus", cutting=Cutting(frames=frames, windows=10))
     np.testing.assert_allclose(result.scores, [float(line.split()[3]) for line in golden], rtol=1e-4)
 
 
@@ -248,8 +249,7 @@ def rank_of_two(rank: int, folder: Path, corpus: Path) -> None:
             model,
             corpus / "trials.txt",
             corpus,
-            frames=frames,
-            windows=3,
+            cutting=Cutting(frames=frames, windows=3),
             world=world,
             out=folder / f"out{frames}",
             progress=lambda count, total, done=done: done.append(total),
@@ -297,7 +297,7 @@ def two_ranks(
 @pytest.mark.parametrize("frames", [0, 20])
 def test_two_ranks_share_the_work_and_score_as_one_process(model, corpus, two_ranks, frames):
     folder, ranks = two_ranks
-    alone = evaluate(model, corpus / "trials.txt", corpus, frames=frames, windows=3)
+    alone = evaluate(model, corpus / "trials.txt", corpus, cutting=Cutting(frames=frames, windows=3))
     for rank in ranks:
         assert rank[f"scores{frames}"] == alone.scores.tolist()
     assert [rank[f"embedded{frames}"] for rank in ranks] == [3, 2]

@@ -140,13 +140,12 @@ def evaluate(
     from cel_dist.evaluation.cutting import Cutting
     from cel_dist.evaluation.metadata import Metadata
     from cel_dist.model import load_model
-    from cel_dist.utterance import MAX_WHOLE_SECONDS
 
-    Cutting(frames, windows, windows_as, segment_seconds, batch_seconds)
+    cutting = Cutting(frames, windows, windows_as, segment_seconds, batch_seconds)
 
     if calibrate and frames:
         raise CelError("--calibrate is for whole utterances, which 'cel verify' compares; leave out --frames")
-    if calibrate and segment_seconds != MAX_WHOLE_SECONDS:
+    if calibrate and not cutting.is_as_verified:
         raise CelError("--calibrate is for utterances as 'cel verify' compares them; leave out --segment-seconds")
     if speakers and not bootstrap:
         raise CelError("--speakers is for intervals; add --bootstrap 1000, or leave it out")
@@ -175,11 +174,7 @@ def evaluate(
             loaded,
             listed,
             root,
-            frames=frames,
-            windows=windows,
-            windows_as=windows_as,
-            segment_seconds=segment_seconds,
-            batch_seconds=batch_seconds,
+            cutting=cutting,
             progress=progress,
             back_end=back_end,
             quality=quality,

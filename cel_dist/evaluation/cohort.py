@@ -11,6 +11,7 @@ import numpy as np
 from cel_dist.back_end import BackEnd, Embeddings, ScoreNorm, Scoring
 from cel_dist.distributed import World
 from cel_dist.errors import CelError
+from cel_dist.evaluation.cutting import Cutting
 from cel_dist.evaluation.embed import Progress, embed_files, file_sizes
 from cel_dist.evaluation.lists import UtteranceList
 from cel_dist.model import SpeakerModel
@@ -101,11 +102,7 @@ class Cohort:
         self,
         model: SpeakerModel,
         *,
-        frames: int,
-        windows: int,
-        windows_as: str,
-        segment_seconds: float,
-        batch_seconds: float,
+        cutting: Cutting,
         world: World,
         progress: Progress | None,
     ) -> Embeddings:
@@ -115,7 +112,7 @@ class Cohort:
             CelError: as `embed_files`, or windows are wanted of speakers.
         """
         speakers = self.utterances.speakers
-        if speakers is not None and frames and windows_as == "scores":
+        if speakers is not None and cutting.keeps_windows:
             raise CelError(
                 "a cohort with speakers is averaged over whole utterances, and the trials are cut into windows; leave "
                 "out --frames, or the column of speakers"
@@ -124,11 +121,7 @@ class Cohort:
             model,
             self.root,
             self.utterances.files,
-            frames=frames,
-            windows=windows,
-            windows_as=windows_as,
-            segment_seconds=segment_seconds,
-            batch_seconds=batch_seconds,
+            cutting=cutting,
             world=world,
             progress=progress,
         )

@@ -62,6 +62,11 @@ class Cutting:
         """Whether an utterance is several embeddings instead of one."""
         return self.frames > 0 and self.windows_as == "scores"
 
+    @property
+    def is_as_verified(self) -> bool:
+        """Whether utterances are embedded as `cel verify` does it, for which thresholds and calibrations hold."""
+        return self.frames == 0 and self.segment_seconds == MAX_WHOLE_SECONDS
+
     def pieces(self, audio: Audio) -> Iterator[Tensor]:
         """What passes the encoder for an utterance, each [T] on int16 scale. Raises as `utterance.segments` does."""
         if self.frames:
@@ -72,3 +77,7 @@ class Cutting:
     def joined(self, rows: NDArray[np.float32]) -> NDArray[np.float32]:
         """The embedding of an utterance from those of its pieces [n, D]: [D], or all of them as they are."""
         return rows if self.keeps_windows else mean_embedding(rows)
+
+
+WHOLE = Cutting()
+"""Utterances as `cel verify` compares them."""

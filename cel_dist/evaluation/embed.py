@@ -16,10 +16,10 @@ from cel_dist.data.files import atomic_write
 from cel_dist.distributed import World
 from cel_dist.errors import CelError, RunError
 from cel_dist.evaluation.batches import PieceBatches
-from cel_dist.evaluation.cutting import BATCH_SECONDS, Cutting
+from cel_dist.evaluation.cutting import WHOLE, Cutting
 from cel_dist.evaluation.trials import Trials
 from cel_dist.model import SpeakerModel, mean_embedding
-from cel_dist.utterance import MAX_WHOLE_SECONDS, Excerpt, name_of
+from cel_dist.utterance import Excerpt, name_of
 
 Progress: TypeAlias = Callable[[int, int], None]
 """Called with the utterances done and to do, both of this rank."""
@@ -34,11 +34,7 @@ def embed_files(
     root: str | os.PathLike[str],
     files: Sequence[str | Excerpt],
     *,
-    frames: int = 0,
-    windows: int = 10,
-    windows_as: str = "scores",
-    segment_seconds: float = MAX_WHOLE_SECONDS,
-    batch_seconds: float = BATCH_SECONDS,
+    cutting: Cutting = WHOLE,
     world: World | None = None,
     progress: Progress | None = None,
 ) -> NDArray[np.float32]:
@@ -54,11 +50,7 @@ def embed_files(
         model: on this rank's device.
         root: folder to which `files` are relative.
         files: unique paths, or parts of files.
-        frames: 0 for whole utterances, else the frames of a window.
-        windows: windows an utterance; without effect on whole utterances.
-        windows_as: `scores` to keep each window, `embedding` for their mean.
-        segment_seconds: whole utterances that are longer are the mean of segments of this length.
-        batch_seconds: audio that passes the encoder at once, where pieces are equally long.
+        cutting: whole utterances, segments or windows.
         world: this rank's place in the job. Default: one process.
         progress: told after each utterance.
 
@@ -66,12 +58,11 @@ def embed_files(
         float32 [N, D], or [N, windows, D] for windows that are kept, in the order of `files`.
 
     Raises:
-        CelError: a setting is out of range, files are missing (how many and the first), or one cannot be embedded. All
+        CelError: files are missing (how many and the first), or one cannot be embedded. All
             ranks raise.
         RunError: the encoder's output is not finite, or another rank failed while running. All ranks raise.
     """
     world = world or World()
-    cutting = Cutting(frames, windows, windows_as, segment_seconds, batch_seconds)
     excerpts = [Excerpt(file) if isinstance(file, str) else file for file in files]
     with raised_together(world):
         sizes = file_sizes(root, [excerpt.path for excerpt in excerpts])
@@ -83,7 +74,7 @@ def embed_files(
     groups = _groups(order)
     mine = _dealt(groups, world.rank, world.size)
     dimension = model.description.encoder.embedding_dim
-    shape = (windows, dimension) if cutting.keeps_windows else (dimension,)
+    shape = (cutting.windows, dimension) if cutting.keeps_windows else (dimension,)
     # The first rank has most; equal shapes let one collective carry all of them.
     rows = np.zeros((len(_dealt(groups, 0, world.size)), *shape), np.float32)
     with raised_together(world):
@@ -108,11 +99,7 @@ def embed_trials(
     root: str | os.PathLike[str],
     trials: Trials,
     *,
-    frames: int = 0,
-    windows: int = 10,
-    windows_as: str = "scores",
-    segment_seconds: float = MAX_WHOLE_SECONDS,
-    batch_seconds: float = BATCH_SECONDS,
+    cutting: Cutting = WHOLE,
     world: World | None = None,
     progress: Progress | None = None,
 ) -> NDArray[np.float32]:
@@ -124,7 +111,6 @@ def embed_trials(
     Raises:
         CelError: also if there are such models and windows are kept, whose scores have no mean over files.
     """
-    cutting = Cutting(frames, windows, windows_as, segment_seconds, batch_seconds)
     recordings = trials.recordings
     several = [name for name, excerpts in zip(trials.files, recordings, strict=True) if len(excerpts) > 1]
     if several and cutting.keeps_windows:
@@ -136,18 +122,7 @@ def embed_trials(
     for excerpts in recordings:
         for excerpt in excerpts:
             numbers.setdefault(excerpt, len(numbers))
-    rows = embed_files(
-        model,
-        root,
-        list(numbers),
-        frames=frames,
-        windows=windows,
-        windows_as=windows_as,
-        segment_seconds=segment_seconds,
-        batch_seconds=batch_seconds,
-        world=world,
-        progress=progress,
-    )
+    rows = embed_files(model, root, list(numbers), cutting=cutting, world=world, progress=progress)
     embeddings = rows[[numbers[excerpts[0]] for excerpts in recordings]]
     for place, excerpts in enumerate(recordings):
         if len(excerpts) > 1:

@@ -17,7 +17,7 @@ from cel_dist.errors import CelError
 from cel_dist.evaluation.bootstrap import bootstrap_intervals
 from cel_dist.evaluation.calibration import fingerprint, fit_calibration
 from cel_dist.evaluation.cohort import BackEndSettings, Cohort, fitted_back_end
-from cel_dist.evaluation.cutting import BATCH_SECONDS
+from cel_dist.evaluation.cutting import WHOLE, Cutting
 from cel_dist.evaluation.embed import Progress, embed_trials, raised_together
 from cel_dist.evaluation.lists import speakers_of_files
 from cel_dist.evaluation.result import CalibrationReport, Evaluation
@@ -25,7 +25,6 @@ from cel_dist.evaluation.scoring import score_trials
 from cel_dist.evaluation.trials import Trials
 from cel_dist.metrics import RankedTrials, act_dcf, cllr
 from cel_dist.model import SpeakerModel
-from cel_dist.utterance import MAX_WHOLE_SECONDS
 
 PRIORS = ("0.01", "0.05")
 
@@ -50,11 +49,7 @@ def evaluate(
     trials: str | os.PathLike[str] | Trials,
     root: str | os.PathLike[str],
     *,
-    frames: int = 0,
-    windows: int = 10,
-    windows_as: str = "scores",
-    segment_seconds: float = MAX_WHOLE_SECONDS,
-    batch_seconds: float = BATCH_SECONDS,
+    cutting: Cutting = WHOLE,
     world: World | None = None,
     out: str | os.PathLike[str] | None = None,
     progress: Progress | None = None,
@@ -71,12 +66,7 @@ def evaluate(
         model: on this rank's device.
         trials: file that `Trials.read` reads, or what it and `read_protocol` return.
         root: folder to which its paths are relative.
-        frames: 0 scores whole utterances; else windows of this many frames (at least 16), as published.
-        windows: windows an utterance.
-        windows_as: `scores`: the score of a trial is the mean over all pairs of windows; `embedding`: an utterance is
-            the mean of its windows.
-        segment_seconds: whole utterances that are longer are the mean of segments of this length.
-        batch_seconds: audio that passes the encoder at once, where pieces are equally long.
+        cutting: whole utterances, segments, or windows as published.
         world: this rank's place in the job. Default: one process.
         out: where rank 0 writes what `Evaluation.write` does. Default: nothing is written.
         progress: told after each utterance of this rank.
@@ -91,9 +81,9 @@ def evaluate(
         RunError: the encoder's output is not finite, or `out` cannot be written.
     """
     world = world or World()
-    _check_settings(model, frames, priors, back_end)
+    _check_settings(model, cutting, priors, back_end)
     stored = model.description.calibration
-    if frames or back_end is not None or quality is not None:
+    if not cutting.is_as_verified or back_end is not None or quality is not None:
         # It was fitted on other scores than these.
         stored = None
     cohort, speakers, seconds = None, None, None
@@ -105,15 +95,7 @@ def evaluate(
             speakers = speakers_of_files([recording[0].path for recording in listed.recordings], bootstrap.speakers)
         if back_end is not None:
             cohort = Cohort.read(back_end, root, listed.files)
-    how: dict[str, Any] = {
-        "frames": frames,
-        "windows": windows,
-        "windows_as": windows_as,
-        "segment_seconds": segment_seconds,
-        "batch_seconds": batch_seconds,
-        "world": world,
-        "progress": progress,
-    }
+    how: dict[str, Any] = {"cutting": cutting, "world": world, "progress": progress}
     embeddings = embed_trials(model, root, listed, **how)
     chosen = model.back_end
     if back_end is not None:
@@ -153,8 +135,10 @@ def evaluate(
     return evaluation
 
 
-def _check_settings(model: SpeakerModel, frames: int, priors: Sequence[str], back_end: BackEndSettings | None) -> None:
-    if frames and back_end is None and model.back_end.score_norm is not None:
+def _check_settings(
+    model: SpeakerModel, cutting: Cutting, priors: Sequence[str], back_end: BackEndSettings | None
+) -> None:
+    if cutting.frames and back_end is None and model.back_end.score_norm is not None:
         raise CelError(
             "the cohort stored with the model was embedded as whole utterances and says nothing of windows; leave out "
             "--frames, or give --score-norm and --cohort again"
