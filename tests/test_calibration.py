@@ -131,7 +131,12 @@ def test_an_evaluation_says_whether_the_calibration_knew_its_trials(model, corpu
     assert summary["min_cllr"] <= summary["cllr"]
     # Of other scores the stored calibration knows nothing.
     cosine = BackEndSettings(scoring="cosine")
-    for settings in ({"frames": 20, "windows": 2}, {"back_end": cosine}, {"quality": "duration"}):
+    for settings in (
+        {"cutting": Cutting(frames=20, windows=2)},
+        {"cutting": Cutting(segment_seconds=1)},
+        {"back_end": cosine},
+        {"quality": "duration"},
+    ):
         other = evaluate(calibrated, corpus / "test.txt", corpus, **settings)
         assert other.summary()["calibration_fitted_on"] == "these trials"
 
