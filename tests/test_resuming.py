@@ -84,6 +84,14 @@ def test_another_experiment_does_not_go_on_in_the_same_folder(finished, override
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("override", ["encoder.pooling=asp", "features.num_mels=80"])
+def test_another_network_does_not_go_on_from_a_checkpoint(finished, tmp_path, override):
+    checkpoint = finished.parent / "run" / "checkpoints" / "step-00000004"
+    config = load_config(finished, [f"run.dir={tmp_path / 'fork'}", override])
+    with pytest.raises(CelError, match=rf"this run has {override}; .* start a new run .*\(encoder\.init"):
+        start_of(config, str(checkpoint))
+
+
 def test_all_changed_settings_are_named_and_other_data_is_noticed(finished):
     with pytest.raises(CelError, match=r"with loss\.t=2\.0, optim\.lr=0\.001, this run has loss\.t=3\.0, optim\.lr=1"):
         start_of(load_config(finished, ["optim.lr=1", "loss.t=3"]))
