@@ -14,7 +14,8 @@ from worlds import run_world
 
 from cel_dist.config_file import parse_config
 from cel_dist.distributed import World
-from cel_dist.encoders import encoder_names
+from cel_dist.encoders import build_encoder, encoder_names
+from cel_dist.encoders.batch_norm import with_global_batch_norm
 from cel_dist.features import segment_samples
 from cel_dist.model import SpeakerModel, load_model
 from cel_dist.network import describe
@@ -72,23 +73,45 @@ def train(name: str, stage: int, precision: str, folder: Path) -> dict[str, Any]
     return found
 
 
-def all_runs(folder: Path) -> dict[tuple[str, int, str], dict[str, Any]]:
-    """What this rank saw in each of `RUNS`."""
+def rows_of_both_ranks() -> torch.Tensor:
+    """Features [B, 40, F] whose rows differ in level, so that statistics of half of them are others."""
+    rows = torch.randn(BATCH, 40, FRAMES, generator=torch.Generator().manual_seed(4))
+    return rows * torch.arange(1.0, BATCH + 1)[:, None, None]
+
+
+def ecapa() -> torch.nn.Module:
+    """In fp64, because the batch norm of four rows amplifies what they are rounded by."""
+    torch.manual_seed(0)
+    return build_encoder("ecapa_tdnn_512", DIM).double()
+
+
+def all_runs(folder: Path) -> tuple[dict[tuple[str, int, str], dict[str, Any]], np.ndarray]:
+    """What this rank saw in each of `RUNS`, and its embeddings by an encoder with the statistics of both ranks."""
+    import torch.distributed as dist
+
     from cel_dist.process_group import start_process_group, stop_process_group
 
     start_process_group(World.from_environment())
+    encoder = with_global_batch_norm(ecapa(), dist.group.WORLD, on_gpu=False)
+    with torch.no_grad():
+        embeddings = encoder(rows_of_both_ranks().double()[World.from_environment().rows(BATCH)]).numpy()
     found = {}
     for run in RUNS:
         found[run] = train(*run, folder)
         gc.collect()
     stop_process_group()
-    return found
+    return found, embeddings
 
 
 @pytest.fixture(scope="module")
-def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[tuple[str, int, str], dict[str, Any]]]:
+def world(tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
     folder = tmp_path_factory.mktemp("encoders")
     return run_world(2, all_runs, folder, folder=folder / "world")
+
+
+@pytest.fixture
+def ranks(world) -> list[dict[tuple[str, int, str], dict[str, Any]]]:
+    return [found for found, _ in world]
 
 
 @pytest.mark.parametrize("run", RUNS, ids=lambda run: " ".join(map(str, run)))
@@ -109,3 +132,12 @@ def test_both_stages_train_the_same_encoder(ranks, name: str) -> None:
     # sign of a gradient that is but rounding, as that of a bias in front of a batch norm, as large as any other.
     tolerance = 0.3 if (name, 0) in PRECISIONS else 1e-5
     assert partitioned["losses"] == pytest.approx(plain["losses"], abs=tolerance)
+
+
+def test_batch_norm_of_frames_and_of_rows_has_the_statistics_of_both_ranks(world) -> None:
+    with torch.no_grad():
+        expected = ecapa()(rows_of_both_ranks().double()).numpy()
+        halves = [ecapa()(half.double()).numpy() for half in rows_of_both_ranks().chunk(2)]
+    found = np.concatenate([embeddings for _, embeddings in world])
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-9)
+    assert abs(np.concatenate(halves) - expected).max() > 0.1
