@@ -14,7 +14,7 @@ from cel_dist.data.files import require_folder_or_nothing
 from cel_dist.description import Calibration
 from cel_dist.distributed import World
 from cel_dist.errors import CelError
-from cel_dist.evaluation.bootstrap import bootstrap_intervals
+from cel_dist.evaluation.bootstrap import bootstrap_intervals, check_speakers
 from cel_dist.evaluation.calibration import fingerprint, fit_calibration
 from cel_dist.evaluation.cohort import BackEndSettings, Cohort, fitted_back_end
 from cel_dist.evaluation.embed import Progress, embed_files, raised_together
@@ -96,6 +96,7 @@ def evaluate(
         listed = Trials.read(trials)
         if bootstrap is not None:
             speakers = speakers_of_files(listed.files, bootstrap.speakers)
+            check_speakers(listed, speakers, bootstrap.replicates)
         if back_end is not None:
             cohort = Cohort.read(back_end, root, listed.files)
     how: dict[str, Any] = {"frames": frames, "windows": windows, "world": world, "progress": progress}
