@@ -23,10 +23,9 @@ class RankedTrials:
         labels: [M] 1 for a target trial (same speaker), 0 for a non-target trial.
 
     Attributes:
-        order: int64 [M], the trials from the highest score to the lowest. Equal scores come in the reverse of their
-            order in the list, as in the published scoring.
-        scores: float64 [M], in that order.
-        is_target: bool [M], in that order.
+        scores: float64 [M], from the highest to the lowest.
+        is_target: bool [M], in the order of `scores`. Equal scores come in the reverse of their order in the list, as
+            in the published scoring.
 
     Raises:
         CelError: no trials, lengths that differ, a score that is not finite, a label that is neither 0 nor 1, or trials
@@ -39,10 +38,27 @@ class RankedTrials:
 
     def __init__(self, scores: npt.ArrayLike, labels: npt.ArrayLike) -> None:
         values, targets = _checked(scores, labels)
+        self._values = values
+        # Two plain sorts cost a quarter of one that gives the order. They tell it all unless both classes share scores.
+        own, others = np.sort(values[targets]), np.sort(values[~targets])
+        below = np.searchsorted(others, own)
+        shared = others[np.minimum(below, len(others) - 1)] == own
+        self.scores: Floats
+        self.is_target: npt.NDArray[np.bool_]
+        if shared.any():
+            self.scores, self.is_target = values[self.order], targets[self.order]
+            return
+        ascending = np.zeros(len(values), dtype=bool)
+        ascending[below + np.arange(len(own))] = True
+        merged = np.empty(len(values))
+        merged[ascending], merged[~ascending] = own, others
+        self.scores, self.is_target = merged[::-1], ascending[::-1]
+
+    @cached_property
+    def order(self) -> Counts:
+        """The trials in the order of `scores`, int64 [M]."""
         # Reversing a stable ascending sort fixes the order of ties to that of the published scoring.
-        self.order: Counts = np.argsort(values, kind="stable")[::-1]
-        self.scores: Floats = values[self.order]
-        self.is_target: npt.NDArray[np.bool_] = targets[self.order]
+        return np.argsort(self._values, kind="stable")[::-1]
 
     @property
     def eer(self) -> float:
@@ -75,8 +91,7 @@ class RankedTrials:
         """
         ends = np.flatnonzero(self.is_target[:-1] & ~self.is_target[1:]) + 1
         accepted = np.concatenate([[0], ends, [len(self.is_target)]])
-        targets = np.concatenate([[0], np.cumsum(self.is_target, dtype=np.int64)])[accepted]
-        return targets, accepted
+        return np.append(0, self._accepted_targets[accepted[1:] - 1]), accepted
 
     @cached_property
     def corners(self) -> tuple[Counts, Counts]:
@@ -116,10 +131,14 @@ class RankedTrials:
         return float(costs.sum() / 2)
 
     @cached_property
+    def _accepted_targets(self) -> Counts:
+        return np.cumsum(self.is_target, dtype=np.int64)
+
+    @cached_property
     def _ties(self) -> tuple[Counts, Counts, Counts]:
         """Of each group of equal scores: its last trial; targets, and non-targets, accepted with it. int64 [G]."""
         last = np.append(np.flatnonzero(self.scores[1:] != self.scores[:-1]), len(self.scores) - 1)
-        targets = np.cumsum(self.is_target, dtype=np.int64)[last]
+        targets = self._accepted_targets[last]
         return last, targets, last + 1 - targets
 
     @cached_property
@@ -127,6 +146,11 @@ class RankedTrials:
         from scipy.optimize import isotonic_regression
 
         _, targets, non_targets = self._ties
+        sizes = np.diff(targets + non_targets, prepend=0)
+        shares = np.diff(targets, prepend=0) / sizes
+        # Groups that do not fall below the one before end up in its block: to merge them first leaves few.
+        ends = np.append(np.flatnonzero(shares[:-1] > shares[1:]), len(shares) - 1)
+        targets, non_targets = targets[ends], non_targets[ends]
         sizes = np.diff(targets + non_targets, prepend=0)
         shares = np.diff(targets, prepend=0) / sizes
         # Its blocks begin at the groups that follow a vertex.

@@ -41,6 +41,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         wave = (2000 * generator.standard_normal(4800)).astype(np.int16)
         Path(f"audio/{name}.wav").write_bytes(encode_audio(wave, "wav"))
     Path("trials.txt").write_text("1 a.wav b.wav\n0 a.wav c.wav\n")
+    Path("who.txt").write_text("a.wav ann\nb.wav bob\nc.wav cid\n")
     return tmp_path
 
 
@@ -289,6 +290,8 @@ def test_embed_writes_names_and_unit_rows(cel, folder):
         ((*EVALUATE, "--cohort", "trials.txt"), "a cohort alone changes nothing"),
         ((*EVALUATE, "--priors", "0.05 2"), "the prior '2' is no probability"),
         ((*EVALUATE, "--speakers", "trials.txt"), "add --bootstrap 1000"),
+        ((*EVALUATE, "--bootstrap", "50", "--speakers", "who.txt"), "50 replicates say nothing"),
+        ((*EVALUATE, "--bootstrap", "100", "--speakers", "who.txt"), "b.wav are a target trial of two speakers"),
         ((*EVALUATE, "--bootstrap", "1000"), "does not tell its speaker by its first folder"),
     ],
 )

@@ -100,6 +100,18 @@ def test_trials_that_were_sorted_once_have_all_measures() -> None:
         assert ranked.min_dcf(prior) == pytest.approx(cost.min() / min(prior, 1 - prior), abs=1e-15)
 
 
+@pytest.mark.parametrize("shift", [0, 1])
+def test_both_ways_of_sorting_give_one_order(shift: int) -> None:
+    # Even scores are of targets; the others are odd, or even as well, so that both classes share scores.
+    generator = np.random.default_rng(0)
+    labels = generator.integers(0, 2, 500)
+    scores = 2.0 * generator.integers(-20, 20, 500) + shift * (1 - labels)
+    ranked = RankedTrials(scores, labels)
+    assert ranked.scores.tolist() == sorted(scores, reverse=True)
+    assert ranked.scores.tolist() == scores[ranked.order].tolist()
+    assert ranked.is_target.tolist() == (labels[ranked.order] == 1).tolist()
+
+
 def test_the_convex_hull_keeps_the_points_that_are_best_for_some_prior() -> None:
     scores, labels = trials()
     false_accepts, false_rejects, thresholds = det_points(scores, labels)

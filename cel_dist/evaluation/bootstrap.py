@@ -66,13 +66,9 @@ def bootstrap_intervals(
     Raises:
         CelError: `replicates` is below 100, there are fewer than two speakers, or a label contradicts the speakers.
     """
-    if replicates < 100:
-        raise CelError(
-            f"{replicates} replicates say nothing of the ends of an interval; draw at least 100, better 1000"
-        )
-    names, voices = np.unique(np.asarray(speakers, dtype=object).astype(str), return_inverse=True)
+    check_speakers(trials, speakers, replicates)
+    names, voices = _voices(speakers)
     first, second = voices[trials.enrol][ranked.order], voices[trials.test][ranked.order]
-    _check_speakers(trials, ranked, names, first == second)
     weighted = _WeightedErrors(ranked, first, second)
     generator = np.random.default_rng(seed)
     rates = np.empty(replicates)
@@ -87,6 +83,27 @@ def bootstrap_intervals(
         replicates=replicates,
         seed=seed,
     )
+
+
+def check_speakers(trials: Trials, speakers: Sequence[str], replicates: int) -> None:
+    """Refuse what `bootstrap_intervals` refuses, without scores: before hours of embedding. Arguments as there."""
+    if replicates < 100:
+        raise CelError(
+            f"{replicates} replicates say nothing of the ends of an interval; draw at least 100, better 1000"
+        )
+    names, voices = _voices(speakers)
+    if len(names) < 2:
+        raise CelError(
+            f"all utterances are of one speaker, '{names[0]}'; give a list of lines 'path speaker' with --speakers"
+        )
+    wrong = np.flatnonzero((voices[trials.enrol] == voices[trials.test]) != (trials.labels == 1))
+    if len(wrong):
+        enrol, test = trials.files[trials.enrol[wrong[0]]], trials.files[trials.test[wrong[0]]]
+        kind, said = ("target", "two speakers") if trials.labels[wrong[0]] else ("non-target", "one speaker")
+        raise CelError(
+            f"{len(wrong)} trials contradict the speakers: {enrol} and {test} are a {kind} trial of {said}; give a "
+            "list of lines 'path speaker' with --speakers"
+        )
 
 
 class _WeightedErrors:
@@ -137,22 +154,10 @@ def _draw(generator: np.random.Generator, num_speakers: int, weighted: _Weighted
     raise CelError(f"{num_speakers} speakers are too few for intervals over speakers; leave out --bootstrap")
 
 
-def _check_speakers(
-    trials: Trials, ranked: RankedTrials, names: NDArray[np.str_], same_speaker: NDArray[np.bool_]
-) -> None:
-    if len(names) < 2:
-        raise CelError(
-            f"all utterances are of one speaker, '{names[0]}'; give a list of lines 'path speaker' with --speakers"
-        )
-    wrong = np.flatnonzero(same_speaker != ranked.is_target)
-    if len(wrong):
-        trial = ranked.order[wrong].min()
-        enrol, test = trials.files[trials.enrol[trial]], trials.files[trials.test[trial]]
-        kind, said = ("target", "two speakers") if trials.labels[trial] else ("non-target", "one speaker")
-        raise CelError(
-            f"{len(wrong)} trials contradict the speakers: {enrol} and {test} are a {kind} trial of {said}; give a "
-            "list of lines 'path speaker' with --speakers"
-        )
+def _voices(speakers: Sequence[str]) -> tuple[NDArray[np.str_], Counts]:
+    """The names of the speakers, sorted, and the place of each utterance's among them."""
+    names, voices = np.unique(np.asarray(speakers), return_inverse=True)
+    return names, voices
 
 
 def _interval(values: NDArray[np.float64]) -> Interval:

@@ -14,7 +14,7 @@ from cel_dist.data.files import require_folder_or_nothing
 from cel_dist.description import Calibration
 from cel_dist.distributed import World
 from cel_dist.errors import CelError
-from cel_dist.evaluation.bootstrap import bootstrap_intervals
+from cel_dist.evaluation.bootstrap import bootstrap_intervals, check_speakers
 from cel_dist.evaluation.calibration import fingerprint, fit_calibration
 from cel_dist.evaluation.cohort import BackEndSettings, Cohort, fitted_back_end
 from cel_dist.evaluation.cutting import WHOLE, Cutting
@@ -93,6 +93,7 @@ def evaluate(
         listed = trials if isinstance(trials, Trials) else Trials.read(trials)
         if bootstrap is not None:
             speakers = speakers_of_files([recording[0].path for recording in listed.recordings], bootstrap.speakers)
+            check_speakers(listed, speakers, bootstrap.replicates)
         if back_end is not None:
             cohort = Cohort.read(back_end, root, listed.files)
     how: dict[str, Any] = {"cutting": cutting, "world": world, "progress": progress}
