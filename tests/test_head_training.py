@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from test_engine import BATCH, FRAMES, MELS, STEPS, SmallEncoder
@@ -13,7 +14,8 @@ from cel_dist.engine_checkpoint import FOLDER
 from cel_dist.losses.supervised import AdaCos, CosFace, SupervisedLoss
 from cel_dist.training.objective import Objective
 
-CLASSES, DIM, RATE, HEAD_RATE, CLIP = 7, 16, 1e-3, 5e-3, 0.5
+# So many weights that ZeRO-3 does not keep them whole.
+CLASSES, DIM, RATE, HEAD_RATE, CLIP = 6301, 16, 1e-3, 5e-3, 0.5
 CASES = [(stage, sharded, 1) for stage in (0, 1, 2, 3) for sharded in (False, True)] + [(2, True, 2), (0, False, 2)]
 
 
@@ -158,10 +160,19 @@ def ranks(tmp_path_factory):
     return folder, run_world(2, train_every_way, folder / "adacos", folder=folder / "world")
 
 
-def assert_same(state, expected, case):
+def assert_same(state, expected, start, case):
     for name, tensor in expected.items():
-        # Adam's first steps are as large as the rate whatever the gradient, so that a wrong one moves by 1e-3 or 5e-3.
-        assert state[name] == pytest.approx(tensor, abs=2e-6), f"{case}: {name}"
+        # Adam makes a whole step of a gradient that is nothing but rounding, so a few numbers of a hundred thousand are
+        # off by a part of a step; a wrong gradient is wrong everywhere.
+        error, change = (np.linalg.norm(a - b) for a, b in ((state[name], tensor), (tensor, start[name])))
+        assert change > 1e-3
+        assert error < 5e-5 * change, f"{case}: {name}"
+
+
+def plain_start():
+    module = objective(None)
+    weights = module.loss.head.class_weights()
+    return {name: tensor.numpy() for name, tensor in {**module.encoder.state_dict(), **weights}.items()}
 
 
 @pytest.mark.parametrize(("stage", "sharded", "chunks"), CASES)
@@ -172,7 +183,7 @@ def test_class_weights_learn_as_in_one_process(ranks, stage, sharded, chunks):
         losses, state = results[stage, sharded, chunks]
         for step, wanted in zip(losses, told, strict=True):
             assert step == pytest.approx(wanted, rel=1e-5, abs=1e-6)
-        assert_same(state, expected, f"ZeRO {stage}, sharded {sharded}")
+        assert_same(state, expected, plain_start(), f"ZeRO {stage}, sharded {sharded}")
 
 
 def test_the_rates_of_encoder_and_head_are_apart():
@@ -208,7 +219,7 @@ def test_shards_and_the_scale_of_adacos_go_on_in_another_world(ranks, tmp_path):
     assert step[0] == pytest.approx(next_step[0], rel=1e-5)
     assert after_scalars == pytest.approx(next_scalars, rel=1e-5)
     # A moment that was lost or laid elsewhere moves a weight by as much as a step, 5e-3.
-    assert_same(after, next_state, "one rank instead of two")
+    assert_same(after, next_state, saved, "one rank instead of two")
 
 
 def test_a_whole_head_is_cut_for_more_ranks(ranks):
