@@ -295,9 +295,13 @@ def test_all_shards_are_read_all_the_time():
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"speakers": 15}, r"train.batch_size=15 is more speakers than there are: 14 of 14 have 1 or more utterances"),
+        (
+            {"speakers": 15, "utterances": 3},
+            r"train.batch_size=45 with labels.utterances=3 takes 15 speakers, and 14 of 14 .* train.batch_size=42 or",
+        ),
         ({"utterances": 9, "too_few": "drop"}, r"5 of 14 have 9 or more .*labels.too_few=drop"),
-        ({"utterances": 5, "max_segments": 4}, "labels.max_segments=4 is less than labels.utterances_per_speaker=5"),
+        ({"utterances": 99, "too_few": "drop"}, r"0 of 14 have 99 or more .*drop\); prepare more speakers"),
+        ({"utterances": 5, "max_segments": 4}, "labels.max_segments=4 is less than labels.utterances=5"),
     ],
 )
 def test_options_that_do_not_fit_the_data_are_named(options, words):
