@@ -238,7 +238,7 @@ def test_the_classes_of_a_head_that_is_there_are_kept():
         assert (index.speaker_names[speakers[batch.utterances]] == np.array(names)[batch.ids][:, None]).all()
         ids |= set(batch.ids.tolist())
     assert ids == {0, 3, 4}
-    with pytest.raises(CelError, match=r"train.batch_size=4 is more speakers than there are: 3 of 6"):
+    with pytest.raises(CelError, match=r"train.batch_size=8 .* takes 4 speakers, and 3 of 6 have"):
         plan_of(index, 4, class_names=names)
 
 
