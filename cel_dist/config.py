@@ -103,6 +103,26 @@ class Config(Section):
         for name, value in head:
             if name not in usable and value != getattr(HeadSection(), name):
                 raise ValueError(f"head.{name}={value} means nothing to loss.similarity={similarity}; leave it out")
+        if labels.speeds_are_speakers and not self.classifies:
+            raise ValueError(
+                f"labels.speeds_are_speakers=true means nothing to loss.similarity={similarity}, which has no classes; "
+                "leave it out"
+            )
+        if labels.speeds_are_speakers and len(self.augment.speeds) < 2:
+            raise ValueError(
+                "labels.speeds_are_speakers=true needs two or more of "
+                f"augment.speeds={list(self.augment.speeds)}; name them, or leave it out"
+            )
+        if self.classifies and self.loss.lambda_s == 0:
+            raise ValueError(
+                f"loss.lambda_s=0 leaves the class weights as they are drawn with loss.similarity={similarity}; raise "
+                "it, or take another loss"
+            )
+        if self.optim.head_lr is not None and similarity == "prototypical":
+            raise ValueError(
+                f"optim.head_lr={self.optim.head_lr} means nothing to loss.similarity={similarity}, which learns "
+                "nothing itself; leave it out"
+            )
         if similarity == "arcface" and head.margin >= math.pi / 2:
             raise ValueError(f"head.margin={head.margin} is an angle; arcface takes less than {math.pi / 2:.2f}")
         if head.margin_from_epoch > head.margin_until_epoch:

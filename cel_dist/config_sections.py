@@ -139,7 +139,7 @@ class LabelsSection(Section):
     too_few: Literal["repeat", "drop"] = "repeat"
     """Speakers with fewer than M utterances: take other segments of the same ones, or leave the speakers out."""
     speeds_are_speakers: bool = False
-    """Count a voice at another speed (`augment.speeds`) as the voice of another speaker."""
+    """Count a voice at another speed (`augment.speeds`) as the voice of another speaker, for a loss that classifies."""
 
 
 class HeadSection(Section):
@@ -157,7 +157,7 @@ class HeadSection(Section):
     """Centres of a speaker (`cosface`, `arcface`), of which the nearest counts; more take noisy labels apart."""
     weights: Literal["replicated", "sharded"] = "replicated"
     """Class weights whole on every rank (or cut up by ZeRO), or on each rank those of some classes, outside of ZeRO:
-    then no rank holds or sends them all."""
+    then no step sends them or takes room for all; a checkpoint, which has them with the names, does for a moment."""
     init: str | None = None
     """A checkpoint of a run with labels, or its run folder, whose class weights are the start of the speakers that it
     has, by name; new ones are drawn."""
@@ -228,7 +228,8 @@ class OptimSection(Section):
     lr: Annotated[Real, Field(gt=0)] = 1e-3
     """Peak learning rate."""
     head_lr: Annotated[Real, Field(gt=0)] | None = None
-    """Peak learning rate of the parameters of the loss (class weights, w, b), on the same schedule. Default: `lr`."""
+    """Peak learning rate of the parameters of the loss (class weights, w, b), on the same schedule. Default: `lr`.
+    `prototypical` has none."""
     schedule: Literal["step", "cosine"] = "step"
     """`step` multiplies by `decay` every `decay_epochs` (published); `cosine` falls to `min_lr` at the last step."""
     decay: Annotated[Real, Field(gt=0, le=1)] = 0.95

@@ -106,9 +106,7 @@ class Engine:
         restore_random_state(drawn_from, features.device)
         with self._one_reduction():
             output = self._engine("compare", embeddings, ids)
-            # Without parameters of the loss there is nothing that the engine would have to average.
-            has_parameters = any(True for _ in self.objective.get_submodule("loss").parameters())
-            self._engine.backward(output.loss) if has_parameters else output.loss.backward()
+            self._engine.backward(output.loss)
             assert embeddings.grad is not None
             for chunk, gradients in zip(chunks, embeddings.grad.chunk(self._chunks), strict=True):
                 buffers.restore()

@@ -13,8 +13,9 @@ from cel_dist.config_file import load_config, parse_config
 from cel_dist.config_sections import LabelsSection
 from cel_dist.data.prepare import prepare
 from cel_dist.errors import CelError
-from cel_dist.training.classes import read_classes
+from cel_dist.training.classes import Classes, class_names, read_classes
 from cel_dist.training.preflight import preflight
+from cel_dist.training.start import signature
 
 PROJECT = Path(__file__).resolve().parent.parent
 LABELLED = {
@@ -140,6 +141,19 @@ def test_the_contrastive_losses_take_speakers_for_rows(runs):
             {"labels": {"use": True}, "loss": {"similarity": "cosface"}, "head": {"margin_from_epoch": 2}},
             "is after head.margin_until_epoch",
         ),
+        (
+            {"labels": {"use": True, "speeds_are_speakers": True}, "loss": {"similarity": "arcface"}},
+            r"needs two or more of augment.speeds=\[1.0\]",
+        ),
+        (
+            {"labels": {"use": True, "speeds_are_speakers": True}, "augment": {"profile": 0, "speeds": [0.9, 1.0]}},
+            "speeds_are_speakers=true means nothing to loss.similarity=angular_prototypical",
+        ),
+        (
+            {"labels": {"use": True}, "loss": {"similarity": "softmax", "lambda_s": 0}},
+            "leaves the class weights as they are drawn",
+        ),
+        ({"loss": {"similarity": "prototypical"}, "optim": {"head_lr": 0.01}}, "head_lr=0.01 means nothing"),
     ],
 )
 def test_settings_that_cannot_work_together_are_named(sections, complaint):
@@ -163,6 +177,41 @@ def test_a_head_of_no_run_is_named_before_training(labelled, tmp_path):
     outcome = train_job(config_of(labelled, tmp_path, head={"init": str(tmp_path)}))
     assert outcome.startswith("CelError: head.init=")
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("sections", "complaint"),
+    [
+        ({"head": {"sub_centres": 2}}, r"weight \[classes, 1, 16\], this run .* weight \[classes, 2, 16\]; take its"),
+        ({"encoder": {"embedding_dim": 8}}, r"this run those of the form weight \[classes, 1, 8\]"),
+        ({"loss": {"similarity": "softmax"}}, r"this run those of the form bias \[classes\], weight"),
+        ({}, "has 2 speakers, and none of them is in data.shards"),
+        ({"loss": {"similarity": "adacos"}, "labels": {"too_few": "drop"}}, "adapts nothing to 2 speakers"),
+    ],
+)
+def test_a_head_that_cannot_be_is_named_before_a_process_is_started(small_corpus, tmp_path, sections, complaint):
+    Classes(["nobody", "no one"], {"weight": torch.zeros(2, 1, 16)}).write(tmp_path)
+    paths = sorted(path.relative_to(small_corpus.audio) for path in small_corpus.audio.rglob("*.wav"))
+    (tmp_path / "labels.txt").write_text("".join(f"{path} id{n % 2}\n" for n, path in enumerate(paths)))
+    prepare(small_corpus.audio, tmp_path / "shards", labels=tmp_path / "labels.txt", workers=1)
+    merged = {key: {**value, **sections.get(key, {})} for key, value in LABELLED.items()}
+    merged["data"]["shards"] = str(tmp_path / "shards")
+    merged["train"] = {"batch_size": 2}
+    merged["head"] = {"init": str(tmp_path), **sections.get("head", {})}
+    config = load_config(write_config(small_corpus, tmp_path, **merged))
+    with pytest.raises(CelError, match=complaint):
+        preflight(config, 1, "auto")
+
+
+def test_the_order_of_speeds_is_that_of_classes_and_so_must_stay():
+    def of(*speeds):
+        tree = {**LABELLED, "data": {"shards": "s"}, "augment": {"profile": 0, "speeds": list(speeds)}}
+        tree["labels"] = {**LABELLED["labels"], "speeds_are_speakers": True}
+        return class_names(parse_config(tree, "test"), ["a", "b"])
+
+    assert of(0.9, 1.0) == ["a x0.9", "b x0.9", "a", "b"]
+    one, other = (signature(steps_per_epoch=1, class_names=of(*speeds)) for speeds in ((0.9, 1.0), (1.0, 0.9)))
+    assert one != other
 
 
 @pytest.mark.parametrize("path", sorted(PROJECT.glob("configs/finetune_*.yaml")), ids=lambda path: path.stem)

@@ -75,6 +75,8 @@ def test_the_line_of_an_interval_fits_a_terminal_and_stays_aligned():
     for part in ("loss", "w 10", "EER", " utt/s", "wait", "s/step", "GiB", "ETA"):
         assert before.index(part) == line.index(part)
     assert "EER   -" in before
+    head = {**{name: VALUES[name] for name in VALUES if name != "w"}, "accuracy": 0.072, "margin": 0.2, "scale": 30.0}
+    assert "  loss 4.1234  acc   7%  EER 12.34%" in interval_line(1000, 50000, 3, head, 0.1234, NOW)
     # Numbers that are not known are not made up, and those that matter are not kept back.
     short = {name: VALUES[name] for name in VALUES if name not in ("w", "eta_seconds")}
     assert interval_line(3, None, 0, {**short, "faults": 2, "skipped": 1}, None, NOW).endswith(

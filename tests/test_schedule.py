@@ -1,11 +1,11 @@
-"""The learning rate, from each of its settings."""
+"""The learning rate and the margin, from each of their settings."""
 
 import math
 
 import pytest
 
-from cel_dist.config_sections import OptimSection
-from cel_dist.training.schedule import learning_rate
+from cel_dist.config_sections import HeadSection, OptimSection
+from cel_dist.training.schedule import learning_rate, margin
 
 STEPS_PER_EPOCH, TOTAL = 5, 41
 
@@ -47,3 +47,12 @@ def test_a_warm_up_longer_than_the_run_does_not_fail():
     config = OptimSection(lr=0.1, schedule="cosine", warmup_steps=10)
     short = [learning_rate(config, step=step, steps_per_epoch=3, total_steps=3) for step in range(3)]
     assert short == pytest.approx([0.01, 0.02, 0.03])
+
+
+@pytest.mark.parametrize(
+    ("first", "last", "expected"),
+    [(0, 0, [0.2, 0.2, 0.2, 0.2]), (1, 1, [0, 0, 0.2, 0.2]), (0, 2, [0, 0.05, 0.1, 0.15]), (0.5, 1, [0, 0, 0.2, 0.2])],
+)
+def test_the_margin_grows_from_one_epoch_to_the_other_and_at_once_where_they_are_one(first, last, expected):
+    config = HeadSection(margin=0.2, margin_from_epoch=first, margin_until_epoch=last)
+    assert [margin(config, step=step, steps_per_epoch=2) for step in range(4)] == pytest.approx(expected)

@@ -238,7 +238,7 @@ def test_the_classes_of_a_head_that_is_there_are_kept():
         assert (index.speaker_names[speakers[batch.utterances]] == np.array(names)[batch.ids][:, None]).all()
         ids |= set(batch.ids.tolist())
     assert ids == {0, 3, 4}
-    with pytest.raises(CelError, match=r"train.batch_size=4 is more speakers than there are: 3 of 6"):
+    with pytest.raises(CelError, match=r"train.batch_size=8 .* takes 4 speakers, and 3 of 6 have"):
         plan_of(index, 4, class_names=names)
 
 
@@ -295,8 +295,12 @@ def test_all_shards_are_read_all_the_time():
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"speakers": 15}, r"train.batch_size=15 is more speakers than there are: 14 of 14 have 1 or more utterances"),
+        (
+            {"speakers": 15, "utterances": 3},
+            r"train.batch_size=45 with labels.utterances=3 takes 15 speakers, and 14 of 14 .* train.batch_size=42 or",
+        ),
         ({"utterances": 9, "too_few": "drop"}, r"5 of 14 have 9 or more .*labels.too_few=drop"),
+        ({"utterances": 99, "too_few": "drop"}, r"0 of 14 have 99 or more .*drop\); prepare more speakers"),
         ({"utterances": 5, "max_segments": 4}, "labels.max_segments=4 is less than labels.utterances=5"),
     ],
 )

@@ -117,11 +117,14 @@ class SpeakerPlan:
         fewest = utterances_per_speaker if too_few == "drop" else 1
         speakers = np.flatnonzero(counts >= fewest)
         if len(speakers) < speakers_per_batch:
+            remedy = "prepare more speakers"
+            if len(speakers) > 1:
+                remedy = f"set train.batch_size={len(speakers) * utterances_per_speaker} or less, or {remedy}"
             raise CelError(
-                f"train.batch_size={speakers_per_batch} is more speakers than there are: {len(speakers)} of "
-                f"{len(counts)} have {fewest} or more utterances that are long enough (a segment is "
-                f"{segment_samples / 16000:.2f} s, data.short={short}, labels.too_few={too_few}); lower the "
-                "batch size, or prepare more speakers"
+                f"train.batch_size={speakers_per_batch * utterances_per_speaker} with labels.utterances="
+                f"{utterances_per_speaker} takes {speakers_per_batch} speakers, and {len(speakers)} of {len(counts)} "
+                f"have {fewest} or more utterances that are long enough (a segment is {segment_samples / 16000:.2f} s, "
+                f"data.short={short}, labels.too_few={too_few}); {remedy}"
             )
         drawn: list[str] = index.speaker_names[speakers].tolist()
         self.class_names = drawn if class_names is None else list(class_names)

@@ -4,8 +4,9 @@ They lie in a checkpoint and not in a model folder: who embeds voices needs neit
 """
 
 import json
+import logging
 import struct
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,6 +20,8 @@ from cel_dist.description import DESCRIPTION_FILE, read_description
 from cel_dist.errors import CelError
 from cel_dist.losses.supervised import ClassificationHead
 from cel_dist.training.checkpoint import MODEL, complete_checkpoints, folder_name
+
+logger = logging.getLogger(__name__)
 
 CLASSES_FILE = "classes.safetensors"
 
@@ -46,9 +49,8 @@ class Classes:
 
 
 def class_names(config: Config, speakers: Sequence[str]) -> list[str]:
-    """Names of the classes, in their order; none for a run without a loss that classifies."""
-    if not config.classifies:
-        return []
+    """Names of the classes of a run with labels, in their order: the speakers, and with `labels.speeds_are_speakers`
+    all of them once a speed."""
     if not config.labels.speeds_are_speakers:
         return list(speakers)
     return [f"{name} x{speed:g}" if speed != 1 else name for speed in config.augment.speeds for name in speakers]
@@ -76,16 +78,51 @@ def read_classes(source: str) -> Classes:
     return Classes(names, weights)
 
 
-def take_over(loss: nn.Module, source: str, names: Sequence[str]) -> int:
-    """Give the speakers among `names` that `source` knows the class weights that they have there.
+def require_head(config: Config, names: Sequence[str]) -> None:
+    """Raise CelError if the head of the configuration cannot be made for these classes, or cannot begin as
+    `head.init`.
+
+    Args:
+        config: of a run that classifies.
+        names: of the classes.
+    """
+    similarity, num_classes = config.loss.similarity, len(names)
+    if similarity == "adacos" and num_classes < 3:
+        raise CelError(
+            f"loss.similarity={similarity} adapts nothing to {num_classes} speakers; take arcface or cosface, or "
+            "prepare more speakers"
+        )
+    initial_classes(config, names)
+
+
+def initial_classes(config: Config, names: Sequence[str]) -> tuple[Tensor, dict[str, Tensor]]:
+    """What `head.init` has of the classes of a run.
+
+    Args:
+        config: of a run that classifies.
+        names: of its classes.
 
     Returns:
-        How many those are.
+        Places [n] int64 among `names` of those that are known there, and their weights by name: [n, centres, D] or [n]
+        on the CPU. Nothing, and no names, without `head.init`.
 
     Raises:
         CelError: as `read_classes`, the weights are of another loss or size, or no speaker is known.
     """
+    source = config.head.init
+    if source is None:
+        return torch.empty(0, dtype=torch.int64), {}
     former = read_classes(source)
+    shapes: dict[str, tuple[int, ...]] = {"weight": (config.head.sub_centres, config.encoder.embedding_dim)}
+    if config.loss.similarity == "softmax":
+        shapes["bias"] = ()
+    found = {name: tuple(tensor.shape[1:]) for name, tensor in former.weights.items()}
+    if found != shapes:
+        raise CelError(
+            f"head.init={source} has class weights of the form {_form(found)}, this run those of the form "
+            f"{_form(shapes)}; take its loss.similarity, head.sub_centres and encoder.embedding_dim, or leave "
+            "head.init out"
+        )
     places = {name: place for place, name in enumerate(former.names)}
     known = [(place, places[name]) for place, name in enumerate(names) if name in places]
     if not known:
@@ -93,17 +130,22 @@ def take_over(loss: nn.Module, source: str, names: Sequence[str]) -> int:
             f"head.init={source} has {len(former.names)} speakers, and none of them is in data.shards; leave head.init "
             "out, or name a run on the same speakers"
         )
+    rows, sources = (torch.tensor(column) for column in zip(*known, strict=True))
+    return rows, {name: tensor[sources] for name, tensor in former.weights.items()}
+
+
+def take_over(loss: nn.Module, config: Config, names: Sequence[str]) -> None:
+    """Give the classes of a run's head the weights that `initial_classes` finds, and say in the log how many have
+    them. Raises as that."""
+    rows, weights = initial_classes(config, names)
     head = loss.get_submodule("head")
     assert isinstance(head, ClassificationHead)
-    rows, sources = (torch.tensor(column) for column in zip(*known, strict=True))
-    try:
-        head.load_class_weights({name: tensor[sources] for name, tensor in former.weights.items()}, rows)
-    except CelError as error:
-        raise CelError(
-            f"head.init={source} is of another head ({error}); take its loss.similarity, head.sub_centres and "
-            "encoder.embedding_dim, or leave head.init out"
-        ) from None
-    return len(known)
+    head.load_class_weights(weights, rows)
+    logger.info("%d of %d classes begin with the weights of head.init=%s", len(rows), len(names), config.head.init)
+
+
+def _form(shapes: Mapping[str, tuple[int, ...]]) -> str:
+    return ", ".join(f"{name} {['classes', *shape]}".replace("'", "") for name, shape in sorted(shapes.items()))
 
 
 def _checkpoint_of(source: Path) -> Path:

@@ -60,6 +60,9 @@ def interval_line(
     parts = [f"{_position(step, total_steps, epoch)}  loss {values['loss']:.4f}"]
     if "w" in values:
         parts.append(f"w {values['w']:4.1f}")
+    elif "accuracy" in values:
+        # Of a head its loss says little: that moves with margin and scale, too.
+        parts.append(f"acc {100 * values['accuracy']:3.0f}%")
     parts.append("EER   -   " if eer is None else f"EER {100 * eer:5.2f}%")
     speed = values["utterances_per_second"]
     parts.append(f"{speed:{'4.0f' if speed >= 100 else '4.1f'}} utt/s")

@@ -17,7 +17,7 @@ from cel_dist.errors import CelError
 from cel_dist.evaluation.embed import file_sizes
 from cel_dist.evaluation.metadata import Metadata
 from cel_dist.evaluation.trials import Trials
-from cel_dist.training.classes import read_classes
+from cel_dist.training.classes import class_names, require_head
 from cel_dist.training.objective import initial_encoder
 from cel_dist.training.start import Start, find_start, signature
 
@@ -31,7 +31,7 @@ class Checked:
         plan: which of them form batches.
         bank: noises and rooms.
         start: where the run begins.
-        speakers: names of the classes of a run with labels, in their order; of others none.
+        speakers: whom a run with labels tells apart, in the order of their classes; of others none.
     """
 
     shards: ShardFolder
@@ -76,16 +76,17 @@ def preflight(config: Config, num_ranks: int | None, resume: str) -> Checked:
     shards.files.require_room(plan.max_shards_at_once, plan.cache_remedy)
     bank = Bank.open(config.data.bank) if config.data.bank else None
     Augment(config.augment, bank, config.train.seed)
+    names = class_names(config, speakers)
     start = find_start(
         config,
-        signature=signature(steps_per_epoch=plan.steps_per_epoch, speakers=speakers),
+        signature=signature(steps_per_epoch=plan.steps_per_epoch, class_names=names),
         num_ranks=num_ranks,
         resume=resume,
     )
     if start.checkpoint is None:
         initial_encoder(config)
-        if config.head.init:
-            read_classes(config.head.init)
+        if config.classifies:
+            require_head(config, names)
     if start.result is None and config.eval.trials is not None and config.eval.root is not None:
         trials = Trials.read(config.eval.trials)
         file_sizes(config.eval.root, trials.files)

@@ -35,7 +35,7 @@ def learning_rate(config: OptimSection, *, step: int, steps_per_epoch: int, tota
 
 
 def margin(config: HeadSection, *, step: int, steps_per_epoch: int) -> float:
-    """Margin of a step: 0, then growing linearly, then `config.margin`.
+    """Margin of a step: 0, then growing linearly, then `config.margin`; all at once where it has no time to grow.
 
     Args:
         config: margin, and the epochs between which it grows.
@@ -50,4 +50,4 @@ def margin(config: HeadSection, *, step: int, steps_per_epoch: int) -> float:
     epoch = step / steps_per_epoch
     if epoch >= last:
         return config.margin
-    return config.margin * max(0.0, (epoch - first) / (last - first))
+    return config.margin * (epoch - first) / (last - first) if epoch > first else 0.0

@@ -81,13 +81,13 @@ class Start:
     remarks: tuple[str, ...] = ()
 
 
-def signature(*, steps_per_epoch: int, speakers: Sequence[str] = ()) -> dict[str, Any]:
+def signature(*, steps_per_epoch: int, class_names: Sequence[str] = ()) -> dict[str, Any]:
     """What a checkpoint depends on besides the configuration: the position of a run on the steps of an epoch, and class
-    weights on whom they belong to."""
+    weights on whom they belong to, and at which speed."""
     of_data: dict[str, Any] = {"steps per epoch": steps_per_epoch}
-    if speakers:
-        digest = hashlib.sha256("\n".join(speakers).encode()).hexdigest()[:16]
-        of_data["speakers"] = f"{len(speakers)} ({digest})"
+    if class_names:
+        digest = hashlib.sha256("\n".join(class_names).encode()).hexdigest()[:16]
+        of_data["speakers"] = f"{len(class_names)} ({digest})"
     return of_data
 
 

@@ -112,16 +112,15 @@ class Trainer:
         self.config_text = dump_config(config)
         self.plan = checked.plan
         self.batches = Batches(config, checked, world, device)
-        self.speakers = checked.speakers
-        self.signature = signature(steps_per_epoch=self.plan.steps_per_epoch, speakers=checked.speakers)
+        self.class_names = names = class_names(config, checked.speakers)
+        self.signature = signature(steps_per_epoch=self.plan.steps_per_epoch, class_names=names)
         start = agreed_start(config, world, signature=self.signature, resume=resume)
         with raised_together(world):
             encoder = initial_encoder(config) if start.checkpoint is None else new_encoder(config)
-        names = class_names(config, checked.speakers)
         objective = new_objective(config, encoder, torch.distributed.group.WORLD, device.type == "cuda", len(names))
         if start.checkpoint is None and config.head.init:
             with raised_together(world):
-                take_over(objective.loss, config.head.init, names)
+                take_over(objective.loss, config, names)
         self.engine = Engine(objective, config, world, device)
         self.validation = Validation(config, world, device, self.plan.steps_per_epoch)
 
@@ -328,7 +327,7 @@ class Trainer:
             config=self.config,
         )
         weights = self.engine.class_weights()
-        classes = None if weights is None else Classes(class_names(self.config, self.speakers), weights)
+        classes = None if weights is None else Classes(self.class_names, weights)
         self.checkpoints.save(self.engine, self.validation.model(self.engine, self.state.step), saved, classes)
 
     def _learning_rate(self, step: int) -> float:
