@@ -43,7 +43,7 @@ def write_model_folder(
         RunError: the folder cannot be written.
     """
     target = Path(folder).resolve()
-    _refuse_other_content(target)
+    refuse_other_content(target)
     unique = f".{target.name}.{os.getpid()}.{secrets.token_hex(4)}"
     fresh, former = target.with_name(unique + ".new"), target.with_name(unique + ".old")
     try:
@@ -120,7 +120,8 @@ def _tensors(path: Path) -> dict[str, Tensor]:
     return tensors
 
 
-def _refuse_other_content(folder: Path) -> None:
+def refuse_other_content(folder: Path) -> None:
+    """Raise CelError if a model cannot be written to `folder`, because it is a file or holds other files."""
     if not folder.exists():
         return
     if not folder.is_dir():

@@ -187,6 +187,7 @@ def test_speakers_come_from_a_list_or_from_the_first_folder(tmp_path):
     assert speakers_of_files(files) == ["id1", "id2"]
     listed = written(tmp_path / "speakers.txt", "id2/x/1.wav bob\nother.wav eve\nid1/x/1.wav ann\n")
     assert speakers_of_files(files, listed) == ["ann", "bob"]
+    assert speakers_of_files(["part.wav", "id2/x/1.wav"], listed, names=["other.wav", "id2/x/1.wav"]) == ["eve", "bob"]
     with pytest.raises(CelError, match=r"names no speaker for 1 of 3 utterances, the first is id3/1\.wav"):
         speakers_of_files([*files, "id3/1.wav"], listed)
     for path in ("1.wav", "/data/id1/1.wav"):

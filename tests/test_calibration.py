@@ -181,8 +181,31 @@ def test_a_cohort_in_the_trials_is_warned_of_and_speakers_are_averaged(model, co
     settings = BackEndSettings(score_norm="s", cohort=listed, cohort_root=corpus)
     result = evaluate(model, corpus / "fit.txt", corpus, back_end=settings)
     assert result.back_end.cohort.shape == (3, DIMENSION)
-    with pytest.raises(CelError, match="leave out --frames"):
-        evaluate(model, corpus / "fit.txt", corpus, back_end=settings, cutting=Cutting(frames=20, windows=2))
+
+
+@pytest.mark.parametrize(
+    ("lines", "settings", "message"),
+    [
+        ("id2/0.wav\n", {}, "has one utterance, and the score norm 's' needs a cohort of at least two"),
+        ("id2/0.wav a\nid2/1.wav a\n", {}, "has one speaker"),
+        ("id2/0.wav a\nid2/1.wav b\n", {"cutting": Cutting(frames=20, windows=2)}, "leave out --frames"),
+        ("id2/0.wav\nid2/1.wav\n", {"bootstrap": BootstrapSettings(50)}, "50 replicates"),
+        (
+            "".join(f"id{n // 3}/{n % 3}.wav x\n" for n in range(9)),
+            {"bootstrap": BootstrapSettings(100, speakers=Path("list.txt")), "back_end": None},
+            "all utterances are of one speaker",
+        ),
+    ],
+)
+def test_lists_that_cannot_serve_are_refused_before_anything_is_embedded(
+    model, corpus, tmp_path, monkeypatch, lines, settings, message
+):
+    monkeypatch.chdir(tmp_path)
+    Path("list.txt").write_text(lines)
+    monkeypatch.setattr(SpeakerModel, "encode", lambda *_: pytest.fail("something was embedded"))
+    asked = {"back_end": BackEndSettings(score_norm="s", cohort=Path("list.txt")), **settings}
+    with pytest.raises(CelError, match=message):
+        evaluate(model, corpus / "fit.txt", corpus, **asked)
 
 
 def test_windows_are_normalised_by_windows_and_not_by_a_stored_cohort(model, corpus):

@@ -275,6 +275,7 @@ def test_embed_writes_names_and_unit_rows(cel, folder):
         ((*EVALUATE, "--out", "trials.txt"), "trials.txt is a file"),
         ((*EVALUATE, "--out", "trials.txt/below"), "trials.txt is a file"),
         ((*EVALUATE, "--calibrate", "trials.txt"), "trials.txt is a file"),
+        ((*EVALUATE, "--calibrate", "audio"), "audio holds other files than a model (first a.wav)"),
         (("embed", "--model", "model", "audio", "--out", "audio"), "audio is a folder"),
         ((*EVALUATE, "--frames", "20", "--calibrate", "new"), "leave out --frames"),
         ((*EVALUATE, "--segment-seconds", "5", "--calibrate", "new"), "leave out --segment-seconds"),

@@ -140,6 +140,7 @@ def evaluate(
     from cel_dist.evaluation.cutting import Cutting
     from cel_dist.evaluation.metadata import Metadata
     from cel_dist.model import load_model
+    from cel_dist.model_folder import refuse_other_content
 
     cutting = Cutting(frames, windows, windows_as, segment_seconds, batch_seconds)
 
@@ -162,6 +163,8 @@ def evaluate(
     out = out or Path("evaluation") / (protocol.lower() if protocol else trials.stem if trials else "")
     for folder in filter(None, (out, calibrate)):
         require_folder_or_nothing(folder)
+    if calibrate:
+        refuse_other_content(calibrate)
     listed = _listed_trials(protocol, trials, enrol, root)
     described = None
     if metadata is not None:

@@ -66,13 +66,9 @@ def bootstrap_intervals(
     Raises:
         CelError: `replicates` is below 100, there are fewer than two speakers, or a label contradicts the speakers.
     """
-    if replicates < 100:
-        raise CelError(
-            f"{replicates} replicates say nothing of the ends of an interval; draw at least 100, better 1000"
-        )
-    names, voices = np.unique(np.asarray(speakers, dtype=object).astype(str), return_inverse=True)
+    check_draws(trials, speakers, replicates)
+    names, voices = _numbered(speakers)
     first, second = voices[trials.enrol][ranked.order], voices[trials.test][ranked.order]
-    _check_speakers(trials, ranked, names, first == second)
     weighted = _WeightedErrors(ranked, first, second)
     generator = np.random.default_rng(seed)
     rates = np.empty(replicates)
@@ -87,6 +83,32 @@ def bootstrap_intervals(
         replicates=replicates,
         seed=seed,
     )
+
+
+def check_draws(trials: Trials, speakers: Sequence[str], replicates: int) -> None:
+    """Refuse what `bootstrap_intervals` refuses and what needs no scores: before the embedding, which may take an hour.
+
+    Raises:
+        CelError: as `bootstrap_intervals`.
+    """
+    if replicates < 100:
+        raise CelError(
+            f"{replicates} replicates say nothing of the ends of an interval; draw at least 100, better 1000"
+        )
+    names, voices = _numbered(speakers)
+    if len(names) < 2:
+        raise CelError(
+            f"all utterances are of one speaker, '{names[0]}'; give a list of lines 'path speaker' with --speakers"
+        )
+    wrong = np.flatnonzero((voices[trials.enrol] == voices[trials.test]) != (trials.labels == 1))
+    if len(wrong):
+        trial = wrong[0]
+        enrol, test = trials.files[trials.enrol[trial]], trials.files[trials.test[trial]]
+        kind, said = ("target", "two speakers") if trials.labels[trial] else ("non-target", "one speaker")
+        raise CelError(
+            f"{len(wrong)} trials contradict the speakers: {enrol} and {test} are a {kind} trial of {said}; give a "
+            "list of lines 'path speaker' with --speakers"
+        )
 
 
 class _WeightedErrors:
@@ -137,22 +159,9 @@ def _draw(generator: np.random.Generator, num_speakers: int, weighted: _Weighted
     raise CelError(f"{num_speakers} speakers are too few for intervals over speakers; leave out --bootstrap")
 
 
-def _check_speakers(
-    trials: Trials, ranked: RankedTrials, names: NDArray[np.str_], same_speaker: NDArray[np.bool_]
-) -> None:
-    if len(names) < 2:
-        raise CelError(
-            f"all utterances are of one speaker, '{names[0]}'; give a list of lines 'path speaker' with --speakers"
-        )
-    wrong = np.flatnonzero(same_speaker != ranked.is_target)
-    if len(wrong):
-        trial = ranked.order[wrong].min()
-        enrol, test = trials.files[trials.enrol[trial]], trials.files[trials.test[trial]]
-        kind, said = ("target", "two speakers") if trials.labels[trial] else ("non-target", "one speaker")
-        raise CelError(
-            f"{len(wrong)} trials contradict the speakers: {enrol} and {test} are a {kind} trial of {said}; give a "
-            "list of lines 'path speaker' with --speakers"
-        )
+def _numbered(speakers: Sequence[str]) -> tuple[NDArray[np.str_], Counts]:
+    """The speakers, sorted, and the number of each utterance's."""
+    return np.unique(np.asarray(speakers, dtype=object).astype(str), return_inverse=True)
 
 
 def _interval(values: NDArray[np.float64]) -> Interval:

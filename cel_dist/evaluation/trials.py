@@ -55,6 +55,19 @@ class Trials:
         """What to embed for each of `files`, at least one each."""
         return [self.sources.get(name) or (Excerpt(name),) for name in self.files]
 
+    @property
+    def paths(self) -> list[str]:
+        """All files that are embedded, relative to the root, each once."""
+        return list(dict.fromkeys(excerpt.path for excerpts in self.recordings for excerpt in excerpts))
+
+    @property
+    def first_paths(self) -> list[str]:
+        """A file of each of `files`: its own path as the list has it, or that of the first file of a model."""
+        return [
+            name if len(excerpts) == 1 and excerpts[0].is_whole else excerpts[0].path
+            for name, excerpts in zip(self.files, self.recordings, strict=True)
+        ]
+
     @classmethod
     def read(
         cls, path: str | os.PathLike[str], *, enrolment: Enrolment | None = None, test_folder: str = ""
