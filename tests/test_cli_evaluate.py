@@ -146,6 +146,7 @@ def test_smaller_batches_leave_the_scores(cel, folder):
         ("1 a.wav b.wav\n0 a.wav x.wav\n0 y.wav a.wav\n", "2 of 4 audio files are missing under audio, the first is x"),
         ("1 a.wav b.wav\n1 a.wav c.wav\n", "all 2 trials of trials.txt (line 1 and on) are target trials"),
         ("1 a.wav b.wav\n0 a.wav c.wav\n0 a.wav b.wav\n", "line 3: the pair of line 1 with the other label"),
+        ("1 a.wav b.wav\n0 a.wav c.wav\n0 b.wav a.wav\n", "line 3: the pair of line 1 with the other label"),
         ("1 a.wav b.wav\n0 a.wav\n", "trials.txt, line 2: 2 columns instead of 3"),
         # Six columns in two lines, but not three in each.
         ("1 a.wav\n1 0 1 b.wav\n", "trials.txt, line 1: 2 columns instead of 3"),
@@ -280,7 +281,9 @@ def test_embed_writes_names_and_unit_rows(cel, folder):
         ((*EVALUATE, "--frames", "20", "--calibrate", "new"), "leave out --frames"),
         ((*EVALUATE, "--segment-seconds", "5", "--calibrate", "new"), "leave out --segment-seconds"),
         ((*EVALUATE, "--segment-seconds", "0"), "segment_seconds=0.0; give at least 0.1 s"),
+        ((*EVALUATE, "--segment-seconds", "inf"), "segment_seconds=inf; give at least 0.1 s, and a number"),
         ((*EVALUATE, "--batch-seconds", "0"), "batch_seconds=0.0; give more than 0 s"),
+        ((*EVALUATE, "--batch-seconds", "inf"), "batch_seconds=inf; give more than 0 s, and a number"),
         ((*EVALUATE, "--frames", "20", "--windows-as", "mean"), "windows_as=mean; give scores or embedding"),
         ((*EVALUATE, "--protocol", "voxceleb1-o", "--enrol", "x"), "leave out --enrol"),
         (("evaluate", "--model", "model", "--root", "audio"), "nothing to score: give --trials FILE, or --protocol"),
