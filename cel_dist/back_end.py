@@ -146,10 +146,13 @@ def pair_scores(rows: Embeddings, enrol: Places, test: Places, scoring: Scoring)
     if rows.ndim == 3 and scoring == "negative_euclidean":
         return _window_scores(rows, enrol, test)
     if rows.ndim == 3:
-        # The mean of all products is the product of the means.
+        # The mean of all products is the product of the means; what lengths lack of 1 is made up for as in 1 - d^2 / 2.
         means = rows.mean(axis=1, dtype=np.float64)
+        lacking = (1 - np.square(rows, dtype=np.float64).sum(-1).mean(axis=1)) / 2
         parts = [slice(begin, begin + _BLOCK_PAIRS) for begin in range(0, len(enrol), _BLOCK_PAIRS)]
-        return np.concatenate([np.einsum("ij,ij->i", means[enrol[part]], means[test[part]]) for part in parts])
+        products = np.concatenate([np.einsum("ij,ij->i", means[enrol[part]], means[test[part]]) for part in parts])
+        cosines: Scores = products + lacking[enrol] + lacking[test]
+        return cosines
     squares = np.empty(len(enrol))
     left, right = np.empty((2, _BLOCK_PAIRS, rows.shape[1]), np.float32)
     for begin in range(0, len(enrol), _BLOCK_PAIRS):
@@ -166,13 +169,12 @@ def pair_scores(rows: Embeddings, enrol: Places, test: Places, scoring: Scoring)
 def cohort_scores(rows: Embeddings, cohort: Embeddings, scoring: Scoring) -> Scores:
     """Scores [N, K] of embeddings [N, D] or [N, windows, D] against a cohort [K, D] or [K, windows, D]."""
     left, right = (side.astype(np.float64).reshape(-1, side.shape[-1]) for side in (rows, cohort))
-    products = left @ right.T
-    if scoring == "negative_euclidean":
-        squares = np.square(left).sum(1)[:, None] + np.square(right).sum(1) - 2 * products
-        products = -np.sqrt(np.maximum(squares, 0))
+    squares = np.square(left).sum(1)[:, None] + np.square(right).sum(1) - 2 * (left @ right.T)
+    # The cosine as in `pair_scores`: lengths are 1 but for the rounding to float32, which close embeddings would show.
+    compared = 1 - squares / 2 if scoring == "cosine" else -np.sqrt(np.maximum(squares, 0))
     num_rows, num_cohort = len(rows), len(cohort)
     shape = (num_rows, len(left) // max(num_rows, 1), num_cohort, len(right) // num_cohort)
-    scores: Scores = products.reshape(shape).mean(axis=(1, 3))
+    scores: Scores = compared.reshape(shape).mean(axis=(1, 3))
     return scores
 
 
