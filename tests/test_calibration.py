@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.numpy import save_file
 
 from cel_dist.back_end import BackEnd
 from cel_dist.data.audio import audio_seconds, encode_audio
@@ -227,6 +228,15 @@ def test_a_back_end_that_is_missing_or_of_another_model_is_refused(model, corpus
     with pytest.raises(CelError, match=r"back_end\.safetensors is not the back end"):
         load_model(tmp_path / "m")
     description.write_text(json.dumps(whole))
+    cohort = result.back_end.cohort
+    for wrong, message in (
+        (cohort[:, :-1], "is not the back end"),
+        (cohort[:, None], "is not the back end"),
+        (cohort * np.nan, "not finite"),
+    ):
+        save_file({"cohort": np.ascontiguousarray(wrong)}, tmp_path / "m" / "back_end.safetensors")
+        with pytest.raises(CelError, match=message):
+            load_model(tmp_path / "m")
     (tmp_path / "m" / "back_end.safetensors").unlink()
     with pytest.raises(CelError, match=r"back_end\.safetensors is missing"):
         load_model(tmp_path / "m")
