@@ -13,7 +13,7 @@ from cel_dist.data.audio import audio_seconds, encode_audio
 from cel_dist.description import Calibration
 from cel_dist.encoders import build_encoder
 from cel_dist.errors import CelError
-from cel_dist.evaluation import BackEndSettings, BootstrapSettings, evaluate, fit_calibration
+from cel_dist.evaluation import BackEndSettings, BootstrapSettings, diagnose, evaluate, fit_calibration
 from cel_dist.evaluation.cutting import Cutting
 from cel_dist.metrics import act_dcf, cllr
 from cel_dist.model import EncoderDescription, ModelDescription, SpeakerModel, load_model
@@ -114,6 +114,21 @@ def test_a_model_calibrated_with_durations_decides_by_them(model, corpus, tmp_pa
     assert loaded.verify(samples, b) == answer
     with pytest.raises(CelError, match="give audio, not embeddings"):
         loaded.verify(loaded.embed(a), b)
+
+
+def test_parts_of_a_list_are_decided_as_a_user_of_the_model_decides(model, corpus):
+    result = evaluate(model, corpus / "fit.txt", corpus, quality="duration")
+    seconds = {name: audio_seconds(corpus / name) for name in result.trials.files}
+    shorter = [
+        min(seconds[result.trials.files[side]] for side in pair)
+        for pair in zip(result.trials.enrol, result.trials.test, strict=True)
+    ]
+    accepted = result.calibration.compensated(result.scores, np.array(shorter)) >= result.threshold
+    assert (accepted != (result.scores >= result.threshold)).any()
+    everything = diagnose(result, min_trials=1).groups[0]
+    assert everything.false_rejects == pytest.approx((~accepted)[result.labels == 1].mean())
+    assert everything.false_accepts == pytest.approx(accepted[result.labels == 0].mean())
+    assert everything.eer == result.eer
 
 
 def test_an_evaluation_says_whether_the_calibration_knew_its_trials(model, corpus, tmp_path):

@@ -108,9 +108,10 @@ def evaluate(
     ranked = RankedTrials(scores, listed.labels)
     mark = {"trials": listed.origin, "trials_sha256": fingerprint(listed)}
     fitted = fit_calibration(scores, listed.labels, seconds if quality else None).model_copy(update=mark)
-    threshold = ranked.eer_threshold
+    compensated, threshold = scores, ranked.eer_threshold
     if fitted.quality:
-        threshold = RankedTrials(fitted.compensated(scores, seconds), listed.labels).eer_threshold
+        compensated = fitted.compensated(scores, seconds)
+        threshold = RankedTrials(compensated, listed.labels).eer_threshold
     intervals = None
     if bootstrap is not None and speakers is not None:
         intervals = bootstrap_intervals(
@@ -123,6 +124,7 @@ def evaluate(
         calibration=fitted,
         trials=listed,
         scores=scores,
+        compensated=compensated,
         embeddings=embeddings,
         calibrated=_calibration_report(stored, fitted, scores, listed.labels, seconds, priors),
         back_end=chosen,

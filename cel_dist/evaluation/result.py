@@ -55,11 +55,12 @@ class Evaluation:
     Attributes:
         eer: equal error rate, a fraction.
         min_dcf: normalised minimum detection cost by prior of a target trial ("0.01", "0.05"), both costs 1.
-        threshold: score at the equal error rate; a trial is accepted at or above it. If durations count, of the scores
-            that `calibration` compensates.
+        threshold: score at the equal error rate; a trial is accepted at or above it. It is one of `compensated`.
         calibration: score to probability, fitted on these trials.
         trials: the trials, with their labels.
         scores: float64 [M].
+        compensated: float64 [M], what is decided by: `scores` or, if durations count, those that `calibration` makes of
+            them for the usual duration.
         embeddings: float32 [N, D] or [N, windows, D], row i for `trials.files[i]`.
         calibrated: what the model's calibration is worth here or, without one, `calibration`.
         back_end: what made scores of embeddings.
@@ -73,6 +74,7 @@ class Evaluation:
     calibration: Calibration
     trials: Trials
     scores: NDArray[np.float64]
+    compensated: NDArray[np.float64]
     embeddings: NDArray[np.float32]
     calibrated: CalibrationReport
     back_end: BackEnd
@@ -135,7 +137,7 @@ class Evaluation:
         from cel_dist.evaluation import plots
 
         picture = plots.det_plot({"": (self.scores, self.labels)})
-        histogram = plots.score_histogram(self.scores, self.labels, threshold=self.threshold)
+        histogram = plots.score_histogram(self.compensated, self.labels, threshold=self.threshold)
         false_accepts, false_rejects, thresholds = RankedTrials(self.scores, self.labels).convex_hull()
         points = ["threshold\tfalse_positive_rate\tfalse_negative_rate\n"]
         points += [
