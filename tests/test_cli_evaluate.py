@@ -293,6 +293,11 @@ def test_embed_writes_names_and_unit_rows(cel, folder):
         ((*EVALUATE, "--cohort", "trials.txt"), "a cohort alone changes nothing"),
         ((*EVALUATE, "--priors", "0.05 2"), "the prior '2' is no probability"),
         ((*EVALUATE, "--speakers", "trials.txt"), "add --bootstrap 1000"),
+        ((*EVALUATE, "--windows-as", "embedding"), "--windows-as is for windows; add --frames 200"),
+        ((*EVALUATE, "--windows", "3"), "--windows is for windows; add --frames 200"),
+        ((*EVALUATE, "--segment-seconds", "4", "--frames", "200"), "--segment-seconds is not for windows"),
+        ((*EVALUATE, "--cohort-root", "audio"), "--cohort-root is for a cohort; add --cohort LIST"),
+        ((*EVALUATE, "--top-n", "5"), "--top-n is for the adaptive s-norm; add --score-norm as"),
         ((*EVALUATE, "--bootstrap", "1000"), "does not tell its speaker by its first folder"),
     ],
 )
