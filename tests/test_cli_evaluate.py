@@ -102,6 +102,15 @@ def test_evaluate_writes_scores_and_plots_beside_the_numbers(cel, folder):
     assert "elsewhere/scores.txt" in out
 
 
+def test_diagnostics_do_not_outlive_the_scores_they_are_of(cel, folder):
+    Path("table.txt").write_text("a.wav ann\nb.wav ann\nc.wav bob\n")
+    written = outcome(cel(*EVALUATE, "--metadata", "table.txt", "--json"))
+    assert Path(written["diagnostics_file"]).exists()
+    outcome(cel(*EVALUATE, "--scoring", "cosine", "--json"))
+    assert not Path(written["diagnostics_file"]).exists()
+    assert not Path(written["diagnostics_picture"]).exists()
+
+
 def test_names_with_blanks_go_through_trials_and_scores(cel, folder):
     Path("audio/a.wav").rename("audio/Ann Lee.wav")
     Path("trials.txt").write_text("1\tAnn Lee.wav\tb.wav\n0\tAnn Lee.wav\tc.wav\n")

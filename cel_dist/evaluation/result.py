@@ -15,6 +15,7 @@ from cel_dist.data.files import atomic_write
 from cel_dist.description import Calibration
 from cel_dist.errors import RunError
 from cel_dist.evaluation.bootstrap import LEVEL, Intervals
+from cel_dist.evaluation.diagnostics import DIAGNOSTICS_FILE, PICTURE_FILE
 from cel_dist.evaluation.trials import Trials
 from cel_dist.metrics import RankedTrials
 from cel_dist.model import SpeakerModel
@@ -156,7 +157,8 @@ class Evaluation:
     def write_scores(self, folder: str | os.PathLike[str]) -> dict[str, Path]:
         """Write `scores.txt` (lines `label enrol test score`) and `embeddings.npz` (`names` [N], `embeddings`).
 
-        Blanks separate the columns, or tabs if the name of a file holds white space.
+        Diagnostics of an earlier evaluation in the folder are removed: they are of other scores. Blanks separate the
+        columns, or tabs if the name of a file holds white space.
 
         Returns:
             The paths under `scores` and `embeddings`.
@@ -170,7 +172,10 @@ class Evaluation:
             "scores": (SCORES_FILE, self._score_lines()),
             "embeddings": (EMBEDDINGS_FILE, [packed.getvalue()]),
         }
-        return _write_files(Path(folder), contents)
+        paths = _write_files(Path(folder), contents)
+        for name in (DIAGNOSTICS_FILE, PICTURE_FILE):
+            (Path(folder) / name).unlink(missing_ok=True)
+        return paths
 
     def _score_lines(self) -> Iterator[bytes]:
         """The lines in pieces: all of a few million would take a gigabyte."""
