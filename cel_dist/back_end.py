@@ -115,11 +115,13 @@ class BackEnd:
                 logger.warning("the cohort has %d entries, fewer than top_n=%d: all of them count", size, self.top_n)
             kept = min(self.top_n, size)
         means, deviations = np.zeros(len(rows)), np.zeros(len(rows))
+        # Once, and not for every block of rows: of a large cohort it is gigabytes.
+        cohort = self.cohort.astype(np.float64)
         windows = 1 if rows.ndim == 2 else rows.shape[1]
         block = max(1, _BLOCK_FLOATS // (self.cohort.size // self.cohort.shape[-1] * windows))
         for begin in range(0, len(places), block):
             chosen = places[begin : begin + block]
-            scores = cohort_scores(rows[chosen], self.cohort, self.scoring)
+            scores = cohort_scores(rows[chosen], cohort, self.scoring)
             if kept < size:
                 scores = np.partition(scores, size - kept, axis=1)[:, size - kept :]
             means[chosen], deviations[chosen] = scores.mean(axis=1), scores.std(axis=1)
@@ -166,10 +168,11 @@ def pair_scores(rows: Embeddings, enrol: Places, test: Places, scoring: Scoring)
     return 1 - squares / 2 if scoring == "cosine" else -np.sqrt(squares)
 
 
-def cohort_scores(rows: Embeddings, cohort: Embeddings, scoring: Scoring) -> Scores:
+def cohort_scores(rows: Embeddings, cohort: Embeddings | Scores, scoring: Scoring) -> Scores:
     """Scores [N, K] of embeddings [N, D] or [N, windows, D] against a cohort [K, D] or [K, windows, D]."""
-    left, right = (side.astype(np.float64).reshape(-1, side.shape[-1]) for side in (rows, cohort))
-    squares = np.square(left).sum(1)[:, None] + np.square(right).sum(1) - 2 * (left @ right.T)
+    left, right = (side.astype(np.float64, copy=False).reshape(-1, side.shape[-1]) for side in (rows, cohort))
+    lengths = (np.einsum("nd,nd->n", side, side) for side in (left, right))
+    squares = np.add.outer(*lengths) - 2 * (left @ right.T)
     # The cosine as in `pair_scores`: lengths are 1 but for the rounding to float32, which close embeddings would show.
     compared = 1 - squares / 2 if scoring == "cosine" else -np.sqrt(np.maximum(squares, 0))
     num_rows, num_cohort = len(rows), len(cohort)
