@@ -115,11 +115,13 @@ class BackEnd:
                 logger.warning("the cohort has %d entries, fewer than top_n=%d: all of them count", size, self.top_n)
             kept = min(self.top_n, size)
         means, deviations = np.zeros(len(rows)), np.zeros(len(rows))
+        # Once, and not for every block of rows: of a large cohort it is gigabytes.
+        cohort = self.cohort.astype(np.float64)
         windows = 1 if rows.ndim == 2 else rows.shape[1]
         block = max(1, _BLOCK_FLOATS // (self.cohort.size // self.cohort.shape[-1] * windows))
         for begin in range(0, len(places), block):
             chosen = places[begin : begin + block]
-            scores = cohort_scores(rows[chosen], self.cohort, self.scoring)
+            scores = cohort_scores(rows[chosen], cohort, self.scoring)
             if kept < size:
                 scores = np.partition(scores, size - kept, axis=1)[:, size - kept :]
             means[chosen], deviations[chosen] = scores.mean(axis=1), scores.std(axis=1)
@@ -146,10 +148,13 @@ def pair_scores(rows: Embeddings, enrol: Places, test: Places, scoring: Scoring)
     if rows.ndim == 3 and scoring == "negative_euclidean":
         return _window_scores(rows, enrol, test)
     if rows.ndim == 3:
-        # The mean of all products is the product of the means.
+        # The mean of all products is the product of the means; what lengths lack of 1 is made up for as in 1 - d^2 / 2.
         means = rows.mean(axis=1, dtype=np.float64)
+        lacking = (1 - np.square(rows, dtype=np.float64).sum(-1).mean(axis=1)) / 2
         parts = [slice(begin, begin + _BLOCK_PAIRS) for begin in range(0, len(enrol), _BLOCK_PAIRS)]
-        return np.concatenate([np.einsum("ij,ij->i", means[enrol[part]], means[test[part]]) for part in parts])
+        products = np.concatenate([np.einsum("ij,ij->i", means[enrol[part]], means[test[part]]) for part in parts])
+        cosines: Scores = products + lacking[enrol] + lacking[test]
+        return cosines
     squares = np.empty(len(enrol))
     left, right = np.empty((2, _BLOCK_PAIRS, rows.shape[1]), np.float32)
     for begin in range(0, len(enrol), _BLOCK_PAIRS):
@@ -163,16 +168,16 @@ def pair_scores(rows: Embeddings, enrol: Places, test: Places, scoring: Scoring)
     return 1 - squares / 2 if scoring == "cosine" else -np.sqrt(squares)
 
 
-def cohort_scores(rows: Embeddings, cohort: Embeddings, scoring: Scoring) -> Scores:
+def cohort_scores(rows: Embeddings, cohort: Embeddings | Scores, scoring: Scoring) -> Scores:
     """Scores [N, K] of embeddings [N, D] or [N, windows, D] against a cohort [K, D] or [K, windows, D]."""
-    left, right = (side.astype(np.float64).reshape(-1, side.shape[-1]) for side in (rows, cohort))
-    products = left @ right.T
-    if scoring == "negative_euclidean":
-        squares = np.square(left).sum(1)[:, None] + np.square(right).sum(1) - 2 * products
-        products = -np.sqrt(np.maximum(squares, 0))
+    left, right = (side.astype(np.float64, copy=False).reshape(-1, side.shape[-1]) for side in (rows, cohort))
+    lengths = (np.einsum("nd,nd->n", side, side) for side in (left, right))
+    squares = np.add.outer(*lengths) - 2 * (left @ right.T)
+    # The cosine as in `pair_scores`: lengths are 1 but for the rounding to float32, which close embeddings would show.
+    compared = 1 - squares / 2 if scoring == "cosine" else -np.sqrt(np.maximum(squares, 0))
     num_rows, num_cohort = len(rows), len(cohort)
     shape = (num_rows, len(left) // max(num_rows, 1), num_cohort, len(right) // num_cohort)
-    scores: Scores = products.reshape(shape).mean(axis=(1, 3))
+    scores: Scores = compared.reshape(shape).mean(axis=(1, 3))
     return scores
 
 

@@ -145,17 +145,12 @@ class RankedTrials:
     def _hull(self) -> tuple[Counts, Counts]:
         from scipy.optimize import isotonic_regression
 
-        _, targets, non_targets = self._ties
-        sizes = np.diff(targets + non_targets, prepend=0)
-        shares = np.diff(targets, prepend=0) / sizes
-        # Groups that do not fall below the one before end up in its block: to merge them first leaves few.
-        ends = np.append(np.flatnonzero(shares[:-1] > shares[1:]), len(shares) - 1)
-        targets, non_targets = targets[ends], non_targets[ends]
-        sizes = np.diff(targets + non_targets, prepend=0)
-        shares = np.diff(targets, prepend=0) / sizes
-        # Its blocks begin at the groups that follow a vertex.
-        vertices = isotonic_regression(shares, weights=sizes, increasing=False).blocks[1:] - 1
-        return np.append(0, targets[vertices]), np.append(0, non_targets[vertices])
+        # The vertices are among the corners, which are fewer than the trials.
+        targets, non_targets = self.corners
+        sizes = np.diff(targets + non_targets)
+        shares = np.diff(targets) / sizes
+        vertices = isotonic_regression(shares, weights=sizes, increasing=False).blocks
+        return targets[vertices], non_targets[vertices]
 
     def _operating_points(self, targets: Counts, non_targets: Counts) -> tuple[Floats, Floats, Floats]:
         # Just above the highest score rather than infinite: a threshold is stored with the model, and JSON has no

@@ -43,7 +43,7 @@ def write_model_folder(
         RunError: the folder cannot be written.
     """
     target = Path(folder).resolve()
-    _refuse_other_content(target)
+    refuse_other_content(target)
     unique = f".{target.name}.{os.getpid()}.{secrets.token_hex(4)}"
     fresh, former = target.with_name(unique + ".new"), target.with_name(unique + ".old")
     try:
@@ -87,9 +87,14 @@ def read_back_end(folder: Path, description: ModelDescription) -> BackEnd:
     path = folder / BACK_END_FILE
     arrays = {name: tensor.float().numpy() for name, tensor in _tensors(path).items()}
     needed = {name for name, wanted in (("mean", stored.mean_subtracted), ("cohort", stored.score_norm)) if wanted}
-    fits = all(rows.shape[-1] == description.encoder.embedding_dim for rows in arrays.values())
-    if arrays.keys() != needed or not fits:
+    dimensions = {"mean": 1, "cohort": 2}
+    if arrays.keys() != needed or not all(
+        rows.ndim == dimensions[name] and rows.shape[-1] == description.encoder.embedding_dim
+        for name, rows in arrays.items()
+    ):
         raise CelError(f"{path} is not the back end that {DESCRIPTION_FILE} describes; copy the whole folder again")
+    if not all(np.isfinite(rows).all() for rows in arrays.values()):
+        raise CelError(f"{path} holds values that are not finite; calibrate the model again")
     return BackEnd(description.scoring, arrays.get("mean"), stored.score_norm, arrays.get("cohort"), stored.top_n)
 
 
@@ -120,7 +125,8 @@ def _tensors(path: Path) -> dict[str, Tensor]:
     return tensors
 
 
-def _refuse_other_content(folder: Path) -> None:
+def refuse_other_content(folder: Path) -> None:
+    """Raise CelError if a model cannot be written to `folder`, because it is a file or holds other files."""
     if not folder.exists():
         return
     if not folder.is_dir():

@@ -66,7 +66,8 @@ def write_report(run_dir: str | os.PathLike[str]) -> Path:
 
     Read are `metrics.jsonl` and, where they exist, `evaluations.jsonl`, `summary.json`, `config.yaml`,
     `mlflow_run_id.txt`, `evaluation/scores.txt` (lines `label enrol test score`), `evaluation/embeddings.npz`
-    (`names` [N], `embeddings` [N, D]) and `evaluation/diagnostics.json`. What is not there is left out of the report.
+    (`names` [N], `embeddings` [N, D] or [N, windows, D]) and `evaluation/diagnostics.json`. What is not there is left
+    out of the report.
 
     Raises:
         CelError: the folder holds no metrics, or a file in it is damaged.
@@ -166,6 +167,7 @@ def _facts(
 def _figures(folder: Path, records: Sequence[Record], scores: Scores | None) -> list[Figure]:
     # Plotting takes a second to import, which a caller that only passes by need not wait for.
     from cel_dist.evaluation import plots
+    from cel_dist.evaluation.geometry import unit_rows
     from cel_dist.metrics import eer_threshold
 
     figures = []
@@ -192,6 +194,8 @@ def _figures(folder: Path, records: Sequence[Record], scores: Scores | None) -> 
     embeddings = folder / "evaluation" / "embeddings.npz"
     if embeddings.exists():
         names, values = _read_embeddings(embeddings)
+        if values.ndim == 3:
+            values = unit_rows(values).astype(np.float32)
         drawn = plots.speaker_map(values, speakers_of(names, scores), picture="svg")
         text = (
             "Embeddings of the validation utterances, a colour a speaker: voices the encoder never heard in training."

@@ -101,6 +101,21 @@ def test_adaptive_norm_takes_the_most_similar_of_a_large_cohort():
     np.testing.assert_allclose(back_end.score(rows, ENROL, TEST), np.mean(expected, axis=0), rtol=1e-9)
 
 
+@pytest.mark.parametrize("windows", [1, 3])
+def test_norms_of_embeddings_that_nearly_coincide_do_not_depend_on_the_rounding_of_lengths(windows):
+    generator = np.random.default_rng(0)
+    exact = generator.standard_normal(64) + 3e-4 * generator.standard_normal((12, windows, 64))
+    exact /= np.linalg.norm(exact, axis=-1, keepdims=True)
+    rows = exact.astype(np.float32)
+    places = (np.array([0]), np.array([1]))
+    wide = rows / np.linalg.norm(rows.astype(np.float64), axis=-1, keepdims=True)
+    cosines = np.einsum("nwd,mvd->nm", wide, wide) / windows**2
+    sides = [(cosines[0, 1] - cosines[side, 2:].mean()) / cosines[side, 2:].std() for side in (0, 1)]
+    given = rows if windows > 1 else rows[:, 0]
+    back_end = BackEnd(scoring="cosine", score_norm="s", cohort=given[2:])
+    np.testing.assert_allclose(back_end.score(given, *places), [np.mean(sides)], rtol=2e-3)
+
+
 def test_z_and_t_change_places_with_the_sides():
     rows, cohort = unit(0, 35, 200), unit(10, 100, 250)
     forth = BackEnd(score_norm="z", cohort=cohort).score(rows, ENROL, TEST)
@@ -187,6 +202,7 @@ def test_speakers_come_from_a_list_or_from_the_first_folder(tmp_path):
     assert speakers_of_files(files) == ["id1", "id2"]
     listed = written(tmp_path / "speakers.txt", "id2/x/1.wav bob\nother.wav eve\nid1/x/1.wav ann\n")
     assert speakers_of_files(files, listed) == ["ann", "bob"]
+    assert speakers_of_files(["part.wav", "id2/x/1.wav"], listed, names=["other.wav", "id2/x/1.wav"]) == ["eve", "bob"]
     with pytest.raises(CelError, match=r"names no speaker for 1 of 3 utterances, the first is id3/1\.wav"):
         speakers_of_files([*files, "id3/1.wav"], listed)
     for path in ("1.wav", "/data/id1/1.wav"):

@@ -6,13 +6,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.numpy import save_file
 
 from cel_dist.back_end import BackEnd
 from cel_dist.data.audio import audio_seconds, encode_audio
 from cel_dist.description import Calibration
 from cel_dist.encoders import build_encoder
 from cel_dist.errors import CelError
-from cel_dist.evaluation import BackEndSettings, BootstrapSettings, evaluate, fit_calibration
+from cel_dist.evaluation import BackEndSettings, BootstrapSettings, diagnose, evaluate, fit_calibration
 from cel_dist.evaluation.cutting import Cutting
 from cel_dist.metrics import act_dcf, cllr
 from cel_dist.model import EncoderDescription, ModelDescription, SpeakerModel, load_model
@@ -115,6 +116,21 @@ def test_a_model_calibrated_with_durations_decides_by_them(model, corpus, tmp_pa
         loaded.verify(loaded.embed(a), b)
 
 
+def test_parts_of_a_list_are_decided_as_a_user_of_the_model_decides(model, corpus):
+    result = evaluate(model, corpus / "fit.txt", corpus, quality="duration")
+    seconds = {name: audio_seconds(corpus / name) for name in result.trials.files}
+    shorter = [
+        min(seconds[result.trials.files[side]] for side in pair)
+        for pair in zip(result.trials.enrol, result.trials.test, strict=True)
+    ]
+    accepted = result.calibration.compensated(result.scores, np.array(shorter)) >= result.threshold
+    assert (accepted != (result.scores >= result.threshold)).any()
+    everything = diagnose(result, min_trials=1).groups[0]
+    assert everything.false_rejects == pytest.approx((~accepted)[result.labels == 1].mean())
+    assert everything.false_accepts == pytest.approx(accepted[result.labels == 0].mean())
+    assert everything.eer == result.eer
+
+
 def test_an_evaluation_says_whether_the_calibration_knew_its_trials(model, corpus, tmp_path):
     fitted = evaluate(model, corpus / "fit.txt", corpus)
     assert fitted.summary()["calibration_fitted_on"] == "these trials"
@@ -181,8 +197,31 @@ def test_a_cohort_in_the_trials_is_warned_of_and_speakers_are_averaged(model, co
     settings = BackEndSettings(score_norm="s", cohort=listed, cohort_root=corpus)
     result = evaluate(model, corpus / "fit.txt", corpus, back_end=settings)
     assert result.back_end.cohort.shape == (3, DIMENSION)
-    with pytest.raises(CelError, match="leave out --frames"):
-        evaluate(model, corpus / "fit.txt", corpus, back_end=settings, cutting=Cutting(frames=20, windows=2))
+
+
+@pytest.mark.parametrize(
+    ("lines", "settings", "message"),
+    [
+        ("id2/0.wav\n", {}, "has one utterance, and the score norm 's' needs a cohort of at least two"),
+        ("id2/0.wav a\nid2/1.wav a\n", {}, "has one speaker"),
+        ("id2/0.wav a\nid2/1.wav b\n", {"cutting": Cutting(frames=20, windows=2)}, "leave out --frames"),
+        ("id2/0.wav\nid2/1.wav\n", {"bootstrap": BootstrapSettings(50)}, "50 replicates"),
+        (
+            "".join(f"id{n // 3}/{n % 3}.wav x\n" for n in range(9)),
+            {"bootstrap": BootstrapSettings(100, speakers=Path("list.txt")), "back_end": None},
+            "all utterances are of one speaker",
+        ),
+    ],
+)
+def test_lists_that_cannot_serve_are_refused_before_anything_is_embedded(
+    model, corpus, tmp_path, monkeypatch, lines, settings, message
+):
+    monkeypatch.chdir(tmp_path)
+    Path("list.txt").write_text(lines)
+    monkeypatch.setattr(SpeakerModel, "encode", lambda *_: pytest.fail("something was embedded"))
+    asked = {"back_end": BackEndSettings(score_norm="s", cohort=Path("list.txt")), **settings}
+    with pytest.raises(CelError, match=message):
+        evaluate(model, corpus / "fit.txt", corpus, **asked)
 
 
 def test_windows_are_normalised_by_windows_and_not_by_a_stored_cohort(model, corpus):
@@ -204,6 +243,15 @@ def test_a_back_end_that_is_missing_or_of_another_model_is_refused(model, corpus
     with pytest.raises(CelError, match=r"back_end\.safetensors is not the back end"):
         load_model(tmp_path / "m")
     description.write_text(json.dumps(whole))
+    cohort = result.back_end.cohort
+    for wrong, message in (
+        (cohort[:, :-1], "is not the back end"),
+        (cohort[:, None], "is not the back end"),
+        (cohort * np.nan, "not finite"),
+    ):
+        save_file({"cohort": np.ascontiguousarray(wrong)}, tmp_path / "m" / "back_end.safetensors")
+        with pytest.raises(CelError, match=message):
+            load_model(tmp_path / "m")
     (tmp_path / "m" / "back_end.safetensors").unlink()
     with pytest.raises(CelError, match=r"back_end\.safetensors is missing"):
         load_model(tmp_path / "m")

@@ -103,6 +103,15 @@ def test_evaluate_writes_scores_and_plots_beside_the_numbers(cel, folder):
     assert "elsewhere/scores.txt" in out
 
 
+def test_diagnostics_do_not_outlive_the_scores_they_are_of(cel, folder):
+    Path("table.txt").write_text("a.wav ann\nb.wav ann\nc.wav bob\n")
+    written = outcome(cel(*EVALUATE, "--metadata", "table.txt", "--json"))
+    assert Path(written["diagnostics_file"]).exists()
+    outcome(cel(*EVALUATE, "--scoring", "cosine", "--json"))
+    assert not Path(written["diagnostics_file"]).exists()
+    assert not Path(written["diagnostics_picture"]).exists()
+
+
 def test_names_with_blanks_go_through_trials_and_scores(cel, folder):
     Path("audio/a.wav").rename("audio/Ann Lee.wav")
     Path("trials.txt").write_text("1\tAnn Lee.wav\tb.wav\n0\tAnn Lee.wav\tc.wav\n")
@@ -147,6 +156,7 @@ def test_smaller_batches_leave_the_scores(cel, folder):
         ("1 a.wav b.wav\n0 a.wav x.wav\n0 y.wav a.wav\n", "2 of 4 audio files are missing under audio, the first is x"),
         ("1 a.wav b.wav\n1 a.wav c.wav\n", "all 2 trials of trials.txt (line 1 and on) are target trials"),
         ("1 a.wav b.wav\n0 a.wav c.wav\n0 a.wav b.wav\n", "line 3: the pair of line 1 with the other label"),
+        ("1 a.wav b.wav\n0 a.wav c.wav\n0 b.wav a.wav\n", "line 3: the pair of line 1 with the other label"),
         ("1 a.wav b.wav\n0 a.wav\n", "trials.txt, line 2: 2 columns instead of 3"),
         # Six columns in two lines, but not three in each.
         ("1 a.wav\n1 0 1 b.wav\n", "trials.txt, line 1: 2 columns instead of 3"),
@@ -276,11 +286,14 @@ def test_embed_writes_names_and_unit_rows(cel, folder):
         ((*EVALUATE, "--out", "trials.txt"), "trials.txt is a file"),
         ((*EVALUATE, "--out", "trials.txt/below"), "trials.txt is a file"),
         ((*EVALUATE, "--calibrate", "trials.txt"), "trials.txt is a file"),
+        ((*EVALUATE, "--calibrate", "audio"), "audio holds other files than a model (first a.wav)"),
         (("embed", "--model", "model", "audio", "--out", "audio"), "audio is a folder"),
         ((*EVALUATE, "--frames", "20", "--calibrate", "new"), "leave out --frames"),
         ((*EVALUATE, "--segment-seconds", "5", "--calibrate", "new"), "leave out --segment-seconds"),
         ((*EVALUATE, "--segment-seconds", "0"), "segment_seconds=0.0; give at least 0.1 s"),
+        ((*EVALUATE, "--segment-seconds", "inf"), "segment_seconds=inf; give at least 0.1 s, and a number"),
         ((*EVALUATE, "--batch-seconds", "0"), "batch_seconds=0.0; give more than 0 s"),
+        ((*EVALUATE, "--batch-seconds", "inf"), "batch_seconds=inf; give more than 0 s, and a number"),
         ((*EVALUATE, "--frames", "20", "--windows-as", "mean"), "windows_as=mean; give scores or embedding"),
         ((*EVALUATE, "--protocol", "voxceleb1-o", "--enrol", "x"), "leave out --enrol"),
         (("evaluate", "--model", "model", "--root", "audio"), "nothing to score: give --trials FILE, or --protocol"),
@@ -292,6 +305,11 @@ def test_embed_writes_names_and_unit_rows(cel, folder):
         ((*EVALUATE, "--speakers", "trials.txt"), "add --bootstrap 1000"),
         ((*EVALUATE, "--bootstrap", "50", "--speakers", "who.txt"), "50 replicates say nothing"),
         ((*EVALUATE, "--bootstrap", "100", "--speakers", "who.txt"), "b.wav are a target trial of two speakers"),
+        ((*EVALUATE, "--windows-as", "embedding"), "--windows-as is for windows; add --frames 200"),
+        ((*EVALUATE, "--windows", "3"), "--windows is for windows; add --frames 200"),
+        ((*EVALUATE, "--segment-seconds", "4", "--frames", "200"), "--segment-seconds is not for windows"),
+        ((*EVALUATE, "--cohort-root", "audio"), "--cohort-root is for a cohort; add --cohort LIST"),
+        ((*EVALUATE, "--top-n", "5"), "--top-n is for the adaptive s-norm; add --score-norm as"),
         ((*EVALUATE, "--bootstrap", "1000"), "does not tell its speaker by its first folder"),
     ],
 )

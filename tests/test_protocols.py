@@ -164,6 +164,14 @@ def test_a_list_of_another_protocol_is_named_and_an_unknown_one_says_what_is_exp
     assert "nothing to score" in refusal(cel(*arguments))
 
 
+def test_intervals_over_the_speakers_of_a_corpus_need_no_list(cel, model, voxceleb, tmp_path, monkeypatch):
+    monkeypatch.setitem(PROTOCOLS, "voxceleb1-o", replace(PROTOCOLS["voxceleb1-o"], num_trials=30))
+    voxceleb_list(tmp_path / "list.txt")
+    arguments = ("--protocol", "voxceleb1-o", "--root", voxceleb, "--trials", tmp_path / "list.txt")
+    result = outcome(cel("evaluate", "--model", model, *arguments, "--bootstrap", 100, "--json", *out(tmp_path)))
+    assert result["bootstrap"]["speakers"] == 3
+
+
 def test_audio_missing_in_a_corpus_is_counted(cel, model, voxceleb, tmp_path):
     root = tmp_path / "corpus"
     speak(root / "wav" / SPOKEN[0], 1)

@@ -130,6 +130,19 @@ def test_diagnostics_of_the_evaluation_are_in_the_report(tmp_path: Path) -> None
     assert "too few trials  (7 / 9)" in drawn
 
 
+def test_windows_are_on_the_map_as_their_mean(tmp_path: Path) -> None:
+    record_run(tmp_path)
+    write_report(tmp_path)
+    whole = (tmp_path / "plots" / "speakers.svg").read_text()
+    path = tmp_path / "evaluation" / "embeddings.npz"
+    with np.load(path) as archive:
+        names, rows = archive["names"], archive["embeddings"]
+    np.savez(path, names=names, embeddings=np.stack([rows, rows], axis=1))
+    write_report(tmp_path)
+    windows = (tmp_path / "plots" / "speakers.svg").read_text()
+    assert windows.count("<use") == whole.count("<use") > 0
+
+
 def test_the_pictures_are_also_files_of_their_own(tmp_path: Path) -> None:
     record_run(tmp_path)
     write_report(tmp_path)

@@ -1,5 +1,6 @@
 """`cel evaluate`, `cel embed`, `cel verify`, `cel import-published`: using a trained model."""
 
+import logging
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -12,6 +13,8 @@ from cel_dist.cli.progress import progress_bar
 if TYPE_CHECKING:
     from cel_dist.evaluation import Evaluation
     from cel_dist.evaluation.trials import Trials
+
+logger = logging.getLogger(__name__)
 
 ModelOption = Annotated[
     str,
@@ -137,9 +140,10 @@ def evaluate(
     from cel_dist.errors import CelError
     from cel_dist.evaluation import BackEndSettings, BootstrapSettings, diagnose, score_without_voice
     from cel_dist.evaluation import evaluate as run_evaluation
-    from cel_dist.evaluation.cutting import Cutting
+    from cel_dist.evaluation.cutting import WHOLE, Cutting
     from cel_dist.evaluation.metadata import Metadata
     from cel_dist.model import load_model
+    from cel_dist.model_folder import refuse_other_content
 
     cutting = Cutting(frames, windows, windows_as, segment_seconds, batch_seconds)
 
@@ -147,8 +151,18 @@ def evaluate(
         raise CelError("--calibrate is for whole utterances, which 'cel verify' compares; leave out --frames")
     if calibrate and not cutting.is_as_verified:
         raise CelError("--calibrate is for utterances as 'cel verify' compares them; leave out --segment-seconds")
-    if speakers and not bootstrap:
-        raise CelError("--speakers is for intervals; add --bootstrap 1000, or leave it out")
+    without_effect = {
+        "--speakers is for intervals; add --bootstrap 1000, or": speakers and not bootstrap,
+        "--windows-as is for windows; add --frames 200, or": windows_as != WHOLE.windows_as and not frames,
+        "--windows is for windows; add --frames 200, or": windows != WHOLE.windows and not frames,
+        "--segment-seconds is not for windows; leave out --frames, or": segment_seconds != WHOLE.segment_seconds
+        and frames,
+        "--cohort-root is for a cohort; add --cohort LIST, or": cohort_root and not cohort,
+        "--top-n is for the adaptive s-norm; add --score-norm as, or": top_n != 300 and score_norm != "as",
+    }
+    for message, is_given in without_effect.items():
+        if is_given:
+            raise CelError(f"{message} leave it out")
     back_end = None
     if scoring or score_norm or subtract_mean or cohort:
         back_end = BackEndSettings(
@@ -162,12 +176,19 @@ def evaluate(
     out = out or Path("evaluation") / (protocol.lower() if protocol else trials.stem if trials else "")
     for folder in filter(None, (out, calibrate)):
         require_folder_or_nothing(folder)
+    if calibrate:
+        refuse_other_content(calibrate)
     listed = _listed_trials(protocol, trials, enrol, root)
     described = None
     if metadata is not None:
         # Before the embedding, which may take an hour.
         described = Metadata.read(metadata, listed.files)
         described.check(listed)
+    if calibrate and any(len(excerpts) > 1 for excerpts in listed.recordings):
+        logger.warning(
+            "the calibration is fitted on models of several files, and 'cel verify' compares single ones: it holds for "
+            "lists with such models"
+        )
     loaded = load_model(model)
     with progress_bar("Embedding") as progress:
         result = run_evaluation(

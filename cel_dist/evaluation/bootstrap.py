@@ -66,8 +66,8 @@ def bootstrap_intervals(
     Raises:
         CelError: `replicates` is below 100, there are fewer than two speakers, or a label contradicts the speakers.
     """
-    check_speakers(trials, speakers, replicates)
-    names, voices = _voices(speakers)
+    check_draws(trials, speakers, replicates)
+    names, voices = _numbered(speakers)
     first, second = voices[trials.enrol][ranked.order], voices[trials.test][ranked.order]
     weighted = _WeightedErrors(ranked, first, second)
     generator = np.random.default_rng(seed)
@@ -85,21 +85,26 @@ def bootstrap_intervals(
     )
 
 
-def check_speakers(trials: Trials, speakers: Sequence[str], replicates: int) -> None:
-    """Refuse what `bootstrap_intervals` refuses, without scores: before hours of embedding. Arguments as there."""
+def check_draws(trials: Trials, speakers: Sequence[str], replicates: int) -> None:
+    """Refuse what `bootstrap_intervals` refuses and what needs no scores: before the embedding, which may take an hour.
+
+    Raises:
+        CelError: as `bootstrap_intervals`.
+    """
     if replicates < 100:
         raise CelError(
             f"{replicates} replicates say nothing of the ends of an interval; draw at least 100, better 1000"
         )
-    names, voices = _voices(speakers)
+    names, voices = _numbered(speakers)
     if len(names) < 2:
         raise CelError(
             f"all utterances are of one speaker, '{names[0]}'; give a list of lines 'path speaker' with --speakers"
         )
     wrong = np.flatnonzero((voices[trials.enrol] == voices[trials.test]) != (trials.labels == 1))
     if len(wrong):
-        enrol, test = trials.files[trials.enrol[wrong[0]]], trials.files[trials.test[wrong[0]]]
-        kind, said = ("target", "two speakers") if trials.labels[wrong[0]] else ("non-target", "one speaker")
+        trial = wrong[0]
+        enrol, test = trials.files[trials.enrol[trial]], trials.files[trials.test[trial]]
+        kind, said = ("target", "two speakers") if trials.labels[trial] else ("non-target", "one speaker")
         raise CelError(
             f"{len(wrong)} trials contradict the speakers: {enrol} and {test} are a {kind} trial of {said}; give a "
             "list of lines 'path speaker' with --speakers"
@@ -154,10 +159,9 @@ def _draw(generator: np.random.Generator, num_speakers: int, weighted: _Weighted
     raise CelError(f"{num_speakers} speakers are too few for intervals over speakers; leave out --bootstrap")
 
 
-def _voices(speakers: Sequence[str]) -> tuple[NDArray[np.str_], Counts]:
-    """The names of the speakers, sorted, and the place of each utterance's among them."""
-    names, voices = np.unique(np.asarray(speakers), return_inverse=True)
-    return names, voices
+def _numbered(speakers: Sequence[str]) -> tuple[NDArray[np.str_], Counts]:
+    """The speakers, sorted, and the number of each utterance's."""
+    return np.unique(np.asarray(speakers, dtype=object).astype(str), return_inverse=True)
 
 
 def _interval(values: NDArray[np.float64]) -> Interval:

@@ -11,7 +11,7 @@ import numpy as np
 from cel_dist.back_end import BackEnd, Embeddings, ScoreNorm, Scoring
 from cel_dist.distributed import World
 from cel_dist.errors import CelError
-from cel_dist.evaluation.cutting import Cutting
+from cel_dist.evaluation.cutting import WHOLE, Cutting
 from cel_dist.evaluation.embed import Progress, embed_files, file_sizes
 from cel_dist.evaluation.lists import UtteranceList
 from cel_dist.model import SpeakerModel
@@ -68,21 +68,38 @@ class Cohort:
 
     @classmethod
     def read(
-        cls, settings: BackEndSettings, root: str | os.PathLike[str], trial_files: Sequence[str]
+        cls,
+        settings: BackEndSettings,
+        root: str | os.PathLike[str],
+        trial_files: Sequence[str],
+        cutting: Cutting = WHOLE,
     ) -> "Cohort | None":
         """The cohort that `settings` name, None if they name none; warns of utterances that are in the trials, too.
 
         Args:
             settings: what was asked for.
             root: of the trials.
-            trial_files: utterances of the trials.
+            trial_files: utterances of the trials, paths relative to `root`.
+            cutting: of the trials, and so of the cohort.
 
         Raises:
-            CelError: as `UtteranceList.read`, or files are missing.
+            CelError: as `UtteranceList.read`; files are missing, there are too few for a norm, or windows are wanted of
+                speakers.
         """
         if settings.cohort is None:
             return None
         utterances = UtteranceList.read(settings.cohort)
+        speakers = utterances.speakers
+        if speakers is not None and cutting.keeps_windows:
+            raise CelError(
+                "a cohort with speakers is averaged over whole utterances, and the trials are cut into windows; leave "
+                "out --frames, or the column of speakers"
+            )
+        if settings.score_norm is not None and len(set(speakers or utterances.files)) < 2:
+            raise CelError(
+                f"{settings.cohort} has one {'utterance' if speakers is None else 'speaker'}, and the score norm "
+                f"'{settings.score_norm}' needs a cohort of at least two; give a longer list"
+            )
         place = Path(root if settings.cohort_root is None else settings.cohort_root)
         file_sizes(place, utterances.files)
         tried = {os.path.abspath(Path(root) / name) for name in trial_files}
@@ -109,14 +126,9 @@ class Cohort:
         """Unit embeddings of the cohort, as `embed_files` makes them; one a speaker, sorted, if the list has speakers.
 
         Raises:
-            CelError: as `embed_files`, or windows are wanted of speakers.
+            CelError: as `embed_files`.
         """
         speakers = self.utterances.speakers
-        if speakers is not None and cutting.keeps_windows:
-            raise CelError(
-                "a cohort with speakers is averaged over whole utterances, and the trials are cut into windows; leave "
-                "out --frames, or the column of speakers"
-            )
         rows = embed_files(
             model,
             self.root,

@@ -1,5 +1,6 @@
 """How utterances are cut before they are embedded."""
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -52,10 +53,12 @@ class Cutting:
             raise CelError(f"windows={self.windows}; give at least one window")
         if self.windows_as not in WINDOWS_AS:
             raise CelError(f"windows_as={self.windows_as}; give {' or '.join(WINDOWS_AS)}")
-        if not self.segment_seconds >= _MIN_SEGMENT_SECONDS:
-            raise CelError(f"segment_seconds={self.segment_seconds}; give at least {_MIN_SEGMENT_SECONDS} s")
-        if not self.batch_seconds > 0:
-            raise CelError(f"batch_seconds={self.batch_seconds}; give more than 0 s")
+        if not _MIN_SEGMENT_SECONDS <= self.segment_seconds < math.inf:
+            raise CelError(
+                f"segment_seconds={self.segment_seconds}; give at least {_MIN_SEGMENT_SECONDS} s, and a number"
+            )
+        if not 0 < self.batch_seconds < math.inf:
+            raise CelError(f"batch_seconds={self.batch_seconds}; give more than 0 s, and a number")
 
     @property
     def keeps_windows(self) -> bool:

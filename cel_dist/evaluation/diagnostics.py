@@ -158,6 +158,10 @@ class Scored(Protocol):
         """[M]."""
 
     @property
+    def compensated(self) -> NDArray[np.float64]:
+        """[M], what the threshold is one of."""
+
+    @property
     def threshold(self) -> float:
         """Of the whole list."""
 
@@ -176,7 +180,7 @@ def diagnose(
     """Errors by group and the geometry of the embeddings, from what was evaluated.
 
     Args:
-        evaluation: trials, scores, threshold and embeddings.
+        evaluation: trials, scores as they are and as they are decided by, threshold and embeddings.
         metadata: of `evaluation.trials.files`; without it there are no parts of the list.
         control: of `score_without_voice`.
         min_trials: fewest trials of a class for a rate.
@@ -188,7 +192,12 @@ def diagnose(
     if metadata is not None:
         metadata.check(trials)
     groups, not_shown = errors_by_group(
-        evaluation.scores, trials, metadata, evaluation.threshold, min_trials=min_trials
+        evaluation.scores,
+        trials,
+        metadata,
+        evaluation.threshold,
+        compensated=evaluation.compensated,
+        min_trials=min_trials,
     )
     return Diagnostics(
         groups=groups,

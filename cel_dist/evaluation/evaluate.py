@@ -14,7 +14,7 @@ from cel_dist.data.files import require_folder_or_nothing
 from cel_dist.description import Calibration
 from cel_dist.distributed import World
 from cel_dist.errors import CelError
-from cel_dist.evaluation.bootstrap import bootstrap_intervals, check_speakers
+from cel_dist.evaluation.bootstrap import bootstrap_intervals, check_draws
 from cel_dist.evaluation.calibration import fingerprint, fit_calibration
 from cel_dist.evaluation.cohort import BackEndSettings, Cohort, fitted_back_end
 from cel_dist.evaluation.cutting import WHOLE, Cutting
@@ -92,10 +92,10 @@ def evaluate(
             require_folder_or_nothing(Path(out))
         listed = trials if isinstance(trials, Trials) else Trials.read(trials)
         if bootstrap is not None:
-            speakers = speakers_of_files([recording[0].path for recording in listed.recordings], bootstrap.speakers)
-            check_speakers(listed, speakers, bootstrap.replicates)
+            speakers = speakers_of_files(listed.first_paths, bootstrap.speakers, names=listed.files)
+            check_draws(listed, speakers, bootstrap.replicates)
         if back_end is not None:
-            cohort = Cohort.read(back_end, root, listed.files)
+            cohort = Cohort.read(back_end, root, listed.paths, cutting)
     how: dict[str, Any] = {"cutting": cutting, "world": world, "progress": progress}
     embeddings = embed_trials(model, root, listed, **how)
     chosen = model.back_end
@@ -108,9 +108,10 @@ def evaluate(
     ranked = RankedTrials(scores, listed.labels)
     mark = {"trials": listed.origin, "trials_sha256": fingerprint(listed)}
     fitted = fit_calibration(scores, listed.labels, seconds if quality else None).model_copy(update=mark)
-    threshold = ranked.eer_threshold
+    compensated, threshold = scores, ranked.eer_threshold
     if fitted.quality:
-        threshold = RankedTrials(fitted.compensated(scores, seconds), listed.labels).eer_threshold
+        compensated = fitted.compensated(scores, seconds)
+        threshold = RankedTrials(compensated, listed.labels).eer_threshold
     intervals = None
     if bootstrap is not None and speakers is not None:
         intervals = bootstrap_intervals(
@@ -123,6 +124,7 @@ def evaluate(
         calibration=fitted,
         trials=listed,
         scores=scores,
+        compensated=compensated,
         embeddings=embeddings,
         calibrated=_calibration_report(stored, fitted, scores, listed.labels, seconds, priors),
         back_end=chosen,

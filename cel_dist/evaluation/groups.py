@@ -75,6 +75,7 @@ def errors_by_group(
     metadata: Metadata | None,
     threshold: float,
     *,
+    compensated: NDArray[np.float64] | None = None,
     min_trials: int = MIN_TRIALS,
 ) -> tuple[list[Group], list[str]]:
     """Errors on the whole list and on its parts.
@@ -85,6 +86,7 @@ def errors_by_group(
         metadata: of the files of `trials`; None leaves the whole list only.
         threshold: of the whole list, for the shares of false decisions. A model that is used has one threshold, and
             parts that differ there are treated differently even where their EERs agree.
+        compensated: [M], what the threshold is one of, if durations count. Default: `scores`.
         min_trials: fewest trials of a class for a rate.
 
     Returns:
@@ -92,10 +94,11 @@ def errors_by_group(
     """
     targets = trials.labels == 1
     everything = np.ones(len(trials), dtype=bool)
+    compared = scores if compensated is None else compensated
 
     def group(by: str, name: str, own_targets: Masks, own_others: Masks) -> Group:
         chosen = (targets & own_targets) | (~targets & own_others)
-        labels, values = trials.labels[chosen], scores[chosen]
+        labels, values, decided = trials.labels[chosen], scores[chosen], compared[chosen]
         num_targets = int(labels.sum())
         num_others = len(labels) - num_targets
         has_targets, has_others = num_targets >= max(1, min_trials), num_others >= max(1, min_trials)
@@ -105,8 +108,8 @@ def errors_by_group(
             targets=num_targets,
             non_targets=num_others,
             eer=eer(values, labels) if has_targets and has_others else None,
-            false_rejects=float((values[labels == 1] < threshold).mean()) if has_targets else None,
-            false_accepts=float((values[labels == 0] >= threshold).mean()) if has_others else None,
+            false_rejects=float((decided[labels == 1] < threshold).mean()) if has_targets else None,
+            false_accepts=float((decided[labels == 0] >= threshold).mean()) if has_others else None,
         )
 
     groups = [group("all", "all trials", everything, everything)]

@@ -66,7 +66,9 @@ class UtteranceList:
         return cls(list(speakers), list(speakers.values()) if width == 2 else None)
 
 
-def speakers_of_files(files: Sequence[str], listed: str | os.PathLike[str] | None = None) -> list[str]:
+def speakers_of_files(
+    files: Sequence[str], listed: str | os.PathLike[str] | None = None, *, names: Sequence[str] | None = None
+) -> list[str]:
     """The speaker of each file: what a list `path speaker` says or, without one, the first folder of the path.
 
     That folder is the speaker in trees such as VoxCeleb's (`id10270/5r0dWxy17C8/00001.wav`).
@@ -74,6 +76,7 @@ def speakers_of_files(files: Sequence[str], listed: str | os.PathLike[str] | Non
     Args:
         files: paths as trials name them.
         listed: the list; it may name other files too.
+        names: [N], other names that `listed` may have them under: those of models.
 
     Raises:
         CelError: a file is not in the list or, without a list, in no folder.
@@ -85,13 +88,14 @@ def speakers_of_files(files: Sequence[str], listed: str | os.PathLike[str] | Non
         known = UtteranceList.read(listed, want_speakers=True)
         assert known.speakers is not None
         table = dict(zip(known.files, known.speakers, strict=True))
-        missing = [name for name in files if name not in table]
+        spoken = [table.get(name, table.get(file)) for file, name in zip(files, names or files, strict=True)]
+        missing = [file for file, speaker in zip(files, spoken, strict=True) if speaker is None]
         if missing:
             raise CelError(
                 f"{listed} names no speaker for {len(missing)} of {len(files)} utterances, the first is {missing[0]}; "
                 "add lines 'path speaker' with the paths of the trials"
             )
-        return [table[name] for name in files]
+        return [speaker for speaker in spoken if speaker is not None]
     folders = [PurePath(name).parts for name in files]
     for name, parts in zip(files, folders, strict=True):
         if len(parts) < 2 or PurePath(name).is_absolute():

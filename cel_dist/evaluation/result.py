@@ -15,6 +15,7 @@ from cel_dist.data.files import atomic_write
 from cel_dist.description import Calibration
 from cel_dist.errors import RunError
 from cel_dist.evaluation.bootstrap import LEVEL, Intervals
+from cel_dist.evaluation.diagnostics import DIAGNOSTICS_FILE, PICTURE_FILE
 from cel_dist.evaluation.trials import Trials
 from cel_dist.metrics import RankedTrials
 from cel_dist.model import SpeakerModel
@@ -55,11 +56,12 @@ class Evaluation:
     Attributes:
         eer: equal error rate, a fraction.
         min_dcf: normalised minimum detection cost by prior of a target trial ("0.01", "0.05"), both costs 1.
-        threshold: score at the equal error rate; a trial is accepted at or above it. If durations count, of the scores
-            that `calibration` compensates.
+        threshold: score at the equal error rate; a trial is accepted at or above it. It is one of `compensated`.
         calibration: score to probability, fitted on these trials.
         trials: the trials, with their labels.
         scores: float64 [M].
+        compensated: float64 [M], what is decided by: `scores` or, if durations count, those that `calibration` makes of
+            them for the usual duration.
         embeddings: float32 [N, D] or [N, windows, D], row i for `trials.files[i]`.
         calibrated: what the model's calibration is worth here or, without one, `calibration`.
         back_end: what made scores of embeddings.
@@ -73,6 +75,7 @@ class Evaluation:
     calibration: Calibration
     trials: Trials
     scores: NDArray[np.float64]
+    compensated: NDArray[np.float64]
     embeddings: NDArray[np.float32]
     calibrated: CalibrationReport
     back_end: BackEnd
@@ -135,7 +138,7 @@ class Evaluation:
         from cel_dist.evaluation import plots
 
         picture = plots.det_plot({"": (self.scores, self.labels)})
-        histogram = plots.score_histogram(self.scores, self.labels, threshold=self.threshold)
+        histogram = plots.score_histogram(self.compensated, self.labels, threshold=self.threshold)
         false_accepts, false_rejects, thresholds = RankedTrials(self.scores, self.labels).convex_hull()
         points = ["threshold\tfalse_positive_rate\tfalse_negative_rate\n"]
         points += [
@@ -154,7 +157,8 @@ class Evaluation:
     def write_scores(self, folder: str | os.PathLike[str]) -> dict[str, Path]:
         """Write `scores.txt` (lines `label enrol test score`) and `embeddings.npz` (`names` [N], `embeddings`).
 
-        Blanks separate the columns, or tabs if the name of a file holds white space.
+        Diagnostics of an earlier evaluation in the folder are removed: they are of other scores. Blanks separate the
+        columns, or tabs if the name of a file holds white space.
 
         Returns:
             The paths under `scores` and `embeddings`.
@@ -168,7 +172,10 @@ class Evaluation:
             "scores": (SCORES_FILE, self._score_lines()),
             "embeddings": (EMBEDDINGS_FILE, [packed.getvalue()]),
         }
-        return _write_files(Path(folder), contents)
+        paths = _write_files(Path(folder), contents)
+        for name in (DIAGNOSTICS_FILE, PICTURE_FILE):
+            (Path(folder) / name).unlink(missing_ok=True)
+        return paths
 
     def _score_lines(self) -> Iterator[bytes]:
         """The lines in pieces: all of a few million would take a gigabyte."""

@@ -55,6 +55,19 @@ class Trials:
         """What to embed for each of `files`, at least one each."""
         return [self.sources.get(name) or (Excerpt(name),) for name in self.files]
 
+    @property
+    def paths(self) -> list[str]:
+        """All files that are embedded, relative to the root, each once."""
+        return list(dict.fromkeys(excerpt.path for excerpts in self.recordings for excerpt in excerpts))
+
+    @property
+    def first_paths(self) -> list[str]:
+        """A file of each of `files`: its own path as the list has it, or that of the first file of a model."""
+        return [
+            name if len(excerpts) == 1 and excerpts[0].is_whole else excerpts[0].path
+            for name, excerpts in zip(self.files, self.recordings, strict=True)
+        ]
+
     @classmethod
     def read(
         cls, path: str | os.PathLike[str], *, enrolment: Enrolment | None = None, test_folder: str = ""
@@ -62,9 +75,9 @@ class Trials:
         """Read lines `label enrol test` with label 1 or 0, or `enrol test target|nontarget` (or `tgt|imp`).
 
         White space separates the columns; tabs do where names hold blanks (see `split_columns`).
-        Empty lines, Windows line ends and a byte order mark are fine. A pair that is listed twice counts twice, as
-        in the published scoring, and is reported in the log. The list is read in parts, so that memory grows with the
-        trials and the names, not with the text.
+        Empty lines, Windows line ends and a byte order mark are fine. A pair that is listed twice, in either order,
+        counts twice, as in the published scoring, and is reported in the log. The list is read in parts, so that memory
+        grows with the trials and the names, not with the text.
 
         Args:
             path: the list.
@@ -195,7 +208,9 @@ def _parse(line: str, place: str) -> tuple[int, str, str]:
 
 
 def _check_repeated_pairs(trials: Trials, numbers: NDArray[np.int32], path: str | os.PathLike[str]) -> None:
-    pairs = trials.enrol.astype(np.int64) * len(trials.files) + trials.test
+    # Two utterances are of one speaker or of two, whichever of them is enrolled.
+    first_side, second_side = np.minimum(trials.enrol, trials.test), np.maximum(trials.enrol, trials.test)
+    pairs = first_side.astype(np.int64) * len(trials.files) + second_side
     ordered = np.sort(pairs)
     # Most lists repeat nothing, which sorting shows in a fraction of the time that it takes to say what.
     if not (ordered[1:] == ordered[:-1]).any():
