@@ -13,6 +13,7 @@ import socket
 import sys
 import time
 import traceback
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
@@ -156,6 +157,9 @@ def _prepare(world: World) -> torch.device:
         import deepspeed
 
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    # Under ZeRO 3 it calls them by their older names, and torch 2.13 would say so several times a step on every rank.
+    older = r"`torch\.distributed\.(all_gather_into_tensor|reduce_scatter_tensor)` is deprecated"
+    warnings.filterwarnings("ignore", older, FutureWarning)
     # Left alone, DeepSpeed compiles a shared-memory all-reduce for a minute when it first starts on a CPU. Gloo has
     # one.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False

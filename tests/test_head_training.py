@@ -1,6 +1,7 @@
 """Class weights trained by the engine, whole or in shards, under every ZeRO stage, against one plain process."""
 
 import math
+import warnings
 
 import numpy as np
 import pytest
@@ -72,9 +73,11 @@ def train_every_way(folder):
     world = World.from_environment()
     start_process_group(world)
     results = {}
-    for stage, sharded, chunks in CASES:
-        engine = engine_of(objective(dist.group.WORLD, sharded=sharded), stage, chunks)
-        results[stage, sharded, chunks] = steps(engine, world.rows(BATCH)), state_of(engine)
+    with warnings.catch_warnings(record=True) as told:
+        for stage, sharded, chunks in CASES:
+            engine = engine_of(objective(dist.group.WORLD, sharded=sharded), stage, chunks)
+            results[stage, sharded, chunks] = steps(engine, world.rows(BATCH)), state_of(engine)
+    results["warnings"] = {str(warning.message) for warning in told if warning.category is FutureWarning}
     # What a useless batch leaves behind is nothing.
     engine = engine_of(objective(dist.group.WORLD, sharded=True), 1)
     features, labels = next(batches())
@@ -195,6 +198,10 @@ def test_the_rates_of_encoder_and_head_are_apart():
     }
     head = abs(engine_rates["weight"] - before.loss.head.class_weights()["weight"].numpy()).max()
     assert head > 3 * max(moved.values())
+
+
+def test_no_step_warns_of_what_deepspeed_calls(ranks):
+    assert all(results["warnings"] == set() for results in ranks[1])
 
 
 def test_a_useless_batch_changes_nothing(ranks):
