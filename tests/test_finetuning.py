@@ -87,7 +87,7 @@ def test_sharded_class_weights_and_the_scale_of_adacos_go_on_as_if_nothing_had_s
     assert [row["scale"] for row in records(runs / "adacos_cut")] == [row["scale"] for row in rows]
     assert losses(runs / "adacos_cut") == losses(runs / "adacos")
     one, other = (read_classes(str(runs / name)) for name in ("adacos", "adacos_cut"))
-    assert one.weights["weight"].shape == (10, 1, 16)
+    assert one.weights["weight"].shape == (10, 16)
     assert torch.equal(one.weights["weight"], other.weights["weight"])
 
 
@@ -182,15 +182,15 @@ def test_a_head_of_no_run_is_named_before_training(labelled, tmp_path):
 @pytest.mark.parametrize(
     ("sections", "complaint"),
     [
-        ({"head": {"sub_centres": 2}}, r"weight \[classes, 1, 16\], this run .* weight \[classes, 2, 16\]; take its"),
-        ({"encoder": {"embedding_dim": 8}}, r"this run those of the form weight \[classes, 1, 8\]"),
+        ({"head": {"sub_centres": 2}}, r"weight \[classes, 16\], this run .* weight \[classes, 2, 16\]; take its"),
+        ({"encoder": {"embedding_dim": 8}}, r"this run those of the form weight \[classes, 8\]"),
         ({"loss": {"similarity": "softmax"}}, r"this run those of the form bias \[classes\], weight"),
         ({}, "has 2 speakers, and none of them is in data.shards"),
         ({"loss": {"similarity": "adacos"}, "labels": {"too_few": "drop"}}, "adapts nothing to 2 speakers"),
     ],
 )
 def test_a_head_that_cannot_be_is_named_before_a_process_is_started(small_corpus, tmp_path, sections, complaint):
-    Classes(["nobody", "no one"], {"weight": torch.zeros(2, 1, 16)}).write(tmp_path)
+    Classes(["nobody", "no one"], {"weight": torch.zeros(2, 16)}).write(tmp_path)
     paths = sorted(path.relative_to(small_corpus.audio) for path in small_corpus.audio.rglob("*.wav"))
     (tmp_path / "labels.txt").write_text("".join(f"{path} id{n % 2}\n" for n, path in enumerate(paths)))
     prepare(small_corpus.audio, tmp_path / "shards", labels=tmp_path / "labels.txt", workers=1)

@@ -45,7 +45,7 @@ def close(actual: Tensor | None, expected: Any, tolerance: float = 1e-12) -> Non
 
 
 def cosines(x: Tensor, weight: Tensor) -> Tensor:
-    return F.normalize(x, dim=-1) @ F.normalize(weight.flatten(0, -2), dim=-1).T
+    return F.normalize(x, dim=-1) @ F.normalize(weight.reshape(-1, weight.shape[-1]), dim=-1).T
 
 
 @pytest.mark.parametrize("sharded", [False, True])
@@ -57,7 +57,7 @@ def test_heads_equal_the_published_ones(golden: dict[str, np.ndarray], name: str
     weight, gradient = (torch.tensor(golden[f"{prefix}/{kind}/{parameter}"]) for kind in ("param", "param_grad"))
     if name == "cosface_m0.2_s30":
         weight, gradient = weight.T, gradient.T
-    weights = {"weight": weight[:, None]}
+    weights = {"weight": weight}
     if name == "softmax":
         weights["bias"] = torch.tensor(golden[f"{prefix}/param/fc.bias"])
     head = HEADS[name](weight.shape[1], len(weight), sharded=sharded).double()
@@ -71,7 +71,7 @@ def test_heads_equal_the_published_ones(golden: dict[str, np.ndarray], name: str
     output.loss.backward()
     close(output.loss, golden[f"{prefix}/loss"], 1e-9)
     close(x.grad, golden[f"{prefix}/grad"], 1e-9)
-    close(head.weight.grad, gradient[:, None], 1e-9)
+    close(head.weight.grad, gradient, 1e-9)
     if head.bias is not None:
         close(head.bias.grad, golden[f"{prefix}/param_grad/fc.bias"], 1e-9)
     if isinstance(head, AdaCos):
@@ -114,7 +114,7 @@ def test_arcface_goes_on_where_the_angle_would_pass_pi() -> None:
     angles = torch.tensor([0.0, 1.0, math.pi - 0.51, math.pi - 0.49, math.pi - 1e-4, math.pi], dtype=torch.float64)
     x = torch.stack([angles.cos(), angles.sin()], dim=1).requires_grad_()
     head = ArcFace(2, 2, margin=margin, scale=scale).double()
-    head.load_class_weights({"weight": torch.tensor([[[1.0, 0.0]], [[0.0, 1.0]]]).double()}, torch.arange(2))
+    head.load_class_weights({"weight": torch.eye(2).double()}, torch.arange(2))
     losses, slopes = [], []
     for angle in angles.tolist():
         beyond = angle > math.pi - margin
@@ -137,7 +137,7 @@ def test_the_scale_of_adacos_follows_the_batch_in_training_only() -> None:
     head = AdaCos(DIM, CLASSES, seed=1)
     y = labels()
     # Near enough to the right class for the angle to count, which is cut at pi / 4.
-    x = (F.normalize(head.weight[y, 0], dim=-1) + 0.1 * rows()).detach()
+    x = (F.normalize(head.weight[y], dim=-1) + 0.1 * rows()).detach()
     first = float(head.scale)
     head.eval()
     head(x, y)
@@ -160,7 +160,7 @@ def test_the_scale_of_adacos_follows_the_batch_in_training_only() -> None:
 
 def test_the_scale_of_adacos_never_leaves_the_positive_numbers() -> None:
     head = AdaCos(2, 3)
-    head.load_class_weights({"weight": torch.tensor([[[1.0, 0]], [[-1, 0.1]], [[-1, -0.1]]])}, torch.arange(3))
+    head.load_class_weights({"weight": torch.tensor([[1.0, 0], [-1, 0.1], [-1, -0.1]])}, torch.arange(3))
     x, y = torch.tensor([[1.0, 0.0]]), torch.tensor([0])
     scales = []
     for _ in range(4):
@@ -207,7 +207,7 @@ def test_initial_weights_depend_on_the_seed_alone() -> None:
     # More than one block is drawn, and none like another.
     many = ArcFace(DIM, 2500, seed=3).weight.detach()
     assert len(many) == 2500
-    assert len(many[:, 0, 0].unique()) > 2400
+    assert len(many[:, 0].unique()) > 2400
     assert float(many.std()) == pytest.approx(math.sqrt(2 / (2500 + DIM)), rel=0.05)
 
 
@@ -215,7 +215,7 @@ def test_initial_weights_depend_on_the_seed_alone() -> None:
 def test_some_classes_are_taken_over(sharded: bool) -> None:
     head = Softmax(DIM, CLASSES, sharded=sharded)
     before = head.class_weights()
-    taken = {"weight": torch.full((2, 1, DIM), 7.0), "bias": torch.tensor([8.0, 9.0])}
+    taken = {"weight": torch.full((2, DIM), 7.0), "bias": torch.tensor([8.0, 9.0])}
     head.load_class_weights(taken, torch.tensor([3, 1]))
     after = head.class_weights()
     assert (after["weight"][[3, 1]] == 7).all()
@@ -286,15 +286,15 @@ def test_unusable_embeddings_are_refused_or_make_a_loss_that_is_no_number(
         (lambda head: head(rows(), labels() - 1), r"rank 0 has labels that are not in 0\.\.4"),
         (lambda head: head.load_class_weights({}, torch.arange(2)), "this head has weight"),
         (
-            lambda head: head.load_class_weights({"weight": torch.ones(2, DIM)}, torch.arange(2)),
-            r"weight of 2 classes has shape \[2, 16\]; this head takes \[2, 1, 16\]",
+            lambda head: head.load_class_weights({"weight": torch.ones(2, 1, DIM)}, torch.arange(2)),
+            r"weight of 2 classes has shape \[2, 1, 16\]; this head takes \[2, 16\]",
         ),
         (
-            lambda head: head.load_class_weights({"weight": torch.ones(2, 1, DIM)}, torch.tensor([4, 5])),
+            lambda head: head.load_class_weights({"weight": torch.ones(2, DIM)}, torch.tensor([4, 5])),
             "classes 4 to 5 are given; the head has 5",
         ),
         (
-            lambda head: head.load_class_weights({"weight": torch.ones(2, 1, DIM)}, torch.tensor([4, 4])),
+            lambda head: head.load_class_weights({"weight": torch.ones(2, DIM)}, torch.tensor([4, 4])),
             "class of the head is given twice",
         ),
         (lambda head: setattr(head, "margin", -0.1), "margin of the head is -0.1; give a number of at least 0"),

@@ -31,7 +31,7 @@ def rows() -> Tensor:
     generator = torch.Generator().manual_seed(1)
     x = torch.randn(NUM_ROWS, VIEWS, DIM, generator=generator, dtype=torch.float64)
     # Near its class, so that the angles, and not only the exponentials, move the scale of AdaCos.
-    return x + 8 * nn.functional.normalize(new_head("adacos", None, False).weight[LABELS].detach(), dim=-1)
+    return x + 8 * nn.functional.normalize(new_head("adacos", None, False).centres[LABELS].detach(), dim=-1)
 
 
 def new_head(name: str, group: Any, sharded: bool) -> ClassificationHead:

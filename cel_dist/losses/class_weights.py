@@ -36,7 +36,7 @@ class ClassWeights(nn.Module):
             sharded. None draws it from torch's generator, which must be in the same state on all ranks.
 
     Attributes:
-        weight: [C, k, D]; of a sharded head, those of the classes in `shard_range`.
+        weight: [C, D], with sub-centres [C, k, D]; of a sharded head, those of the classes in `shard_range`.
         bias: [C] likewise, or None.
         classes: C.
 
@@ -69,7 +69,7 @@ class ClassWeights(nn.Module):
         self.classes = classes
         self.group = group
         self.sharded = sharded
-        self._shape = (classes, sub_centres, embedding_dim)
+        self._shape = (classes, *([sub_centres] if sub_centres > 1 else []), embedding_dim)
         # Rows are gathered whole or not at all: every rank compares its classes with all of them at once.
         self._exchange = Exchange(group, "gather")
         if sharded and self._exchange.world_size > classes:
@@ -85,6 +85,11 @@ class ClassWeights(nn.Module):
             self.register_parameter("bias", bias if bias is None else nn.Parameter(bias))
 
     @property
+    def centres(self) -> Tensor:
+        """`weight` as [C, k, D], also with one centre a class."""
+        return self.weight if self.weight.ndim == 3 else self.weight[:, None]
+
+    @property
     def shard_range(self) -> tuple[int, int]:
         """First class of this rank, and the one after its last; all classes where they are replicated."""
         return self._range_of(self._exchange.rank) if self.sharded else (0, self.classes)
@@ -98,7 +103,7 @@ class ClassWeights(nn.Module):
 
     @torch.no_grad()
     def class_weights(self) -> dict[str, Tensor]:
-        """Copies of the weights of all classes on every rank: `weight` [C, k, D], and `bias` [C] where there is one.
+        """Copies of the weights of all classes on every rank: `weight` [C, D] or [C, k, D], and `bias` [C] if there is one.
 
         All ranks call this together if the head is sharded. Under ZeRO-3, replicated weights have to be gathered first.
         """
@@ -111,7 +116,7 @@ class ClassWeights(nn.Module):
         """Set the weights of some classes. A rank of a sharded head takes those of its own, and is given all.
 
         Args:
-            weights: `weight` [n, k, D], and `bias` [n] where there is one; other names are an error.
+            weights: `weight` [n, D] or [n, k, D], and `bias` [n] where there is one; other names are an error.
             rows: [n] int64 the classes that they belong to, each at most once.
 
         Raises:
@@ -162,7 +167,7 @@ class ClassWeights(nn.Module):
 
     def _draw(self, seed: int, with_bias: bool) -> tuple[Tensor, Tensor | None]:
         """Own classes' weights, normal with the deviation of Glorot and Bengio 2010; with a bias, both as nn.Linear."""
-        _, sub_centres, dim = self._shape
+        dim = self._shape[-1]
         deviation, limit = math.sqrt(2 / (self.classes + dim)), 1 / math.sqrt(dim)
         first, end = self.shard_range
         weights, biases = [], []
@@ -170,7 +175,7 @@ class ClassWeights(nn.Module):
             entropy = np.random.SeedSequence([seed, start]).generate_state(1)
             generator = torch.Generator().manual_seed(int(entropy[0]))
             num_classes = min(_CLASSES_OF_A_BLOCK, self.classes - start)
-            weight, bias = torch.empty(num_classes, sub_centres, dim), torch.empty(num_classes)
+            weight, bias = torch.empty(num_classes, *self._shape[1:]), torch.empty(num_classes)
             if with_bias:
                 weight.uniform_(-limit, limit, generator=generator)
                 bias.uniform_(-limit, limit, generator=generator)

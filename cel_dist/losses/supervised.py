@@ -101,7 +101,7 @@ class ClassificationHead(ClassWeights):
                 self._products,
             )
             try:
-                return classify(rows, labels, self.weight, self.bias, classifier)
+                return classify(rows, labels, self.centres, self.bias, classifier)
             except EmbeddingsError as error:
                 if not skip_unusable:
                     raise

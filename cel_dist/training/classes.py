@@ -34,7 +34,7 @@ class Classes:
 
     Attributes:
         names: of the speakers, a speaker at another speed with the factor behind it.
-        weights: by name, [C, centres, D] or [C], on the CPU.
+        weights: by name, [C, D] (with sub-centres [C, k, D]) or [C], on the CPU.
     """
 
     names: Sequence[str]
@@ -113,7 +113,8 @@ def initial_classes(config: Config, names: Sequence[str]) -> tuple[Tensor, dict[
     if source is None:
         return torch.empty(0, dtype=torch.int64), {}
     former = read_classes(source)
-    shapes: dict[str, tuple[int, ...]] = {"weight": (config.head.sub_centres, config.encoder.embedding_dim)}
+    centres = (config.head.sub_centres,) if config.head.sub_centres > 1 else ()
+    shapes: dict[str, tuple[int, ...]] = {"weight": (*centres, config.encoder.embedding_dim)}
     if config.loss.similarity == "softmax":
         shapes["bias"] = ()
     found = {name: tuple(tensor.shape[1:]) for name, tensor in former.weights.items()}
