@@ -236,6 +236,13 @@ def test_back_end_options_change_scores_and_stay_with_the_calibrated_model(cel, 
     assert outcome(cel("verify", "--model", "normalised", *pair)) == verified
 
 
+def test_a_calibration_on_models_of_several_files_says_what_it_holds_for(cel, folder, caplog):
+    Path("models.txt").write_text("m a.wav\nm b.wav\n")
+    Path("trials.txt").write_text("1 m b.wav\n0 m c.wav\n")
+    outcome(cel(*EVALUATE, "--enrol", "models.txt", "--calibrate", "calibrated", "--json"))
+    assert "fitted on models of several files, and 'cel verify' compares single ones" in caplog.text
+
+
 def test_durations_and_intervals_and_priors_are_asked_for_and_reported(cel, folder):
     lines = [f"{name[0]}.wav {name[1:]}\n" for name in ("aann", "bann", "cbob")]
     Path("speakers.txt").write_text("".join(lines))
