@@ -21,7 +21,7 @@ from cel_dist.model import load_model
 from cel_dist.tracking import Tracker
 from cel_dist.training.checkpoint import TrainState, complete_checkpoints, read_checkpoint
 from cel_dist.training.records import Records
-from cel_dist.training.start import Start, find_start
+from cel_dist.training.start import Start, find_start, signature
 from cel_dist.training.trainer import train
 
 
@@ -48,7 +48,7 @@ def run(finished: Path, tmp_path: Path) -> tuple[Path, str]:
 
 
 def start_of(config: Config, resume: str = "auto") -> Start:
-    return find_start(config, steps_per_epoch=5, num_ranks=1, resume=resume)
+    return find_start(config, signature=signature(steps_per_epoch=5), num_ranks=1, resume=resume)
 
 
 def content(folder: Path) -> dict[str, bytes]:
@@ -88,7 +88,7 @@ def test_all_changed_settings_are_named_and_other_data_is_noticed(finished):
     with pytest.raises(CelError, match=r"with loss\.t=2\.0, optim\.lr=0\.001, this run has loss\.t=3\.0, optim\.lr=1"):
         start_of(load_config(finished, ["optim.lr=1", "loss.t=3"]))
     with pytest.raises(CelError, match="steps per epoch=5, this run has steps per epoch=6"):
-        find_start(load_config(finished), steps_per_epoch=6, num_ranks=1, resume="auto")
+        find_start(load_config(finished), signature=signature(steps_per_epoch=6), num_ranks=1, resume="auto")
 
 
 def test_length_reports_and_places_may_change(finished):
@@ -200,7 +200,7 @@ def test_a_damaged_checkpoint_is_passed_over_with_a_warning(finished, run):
     assert start.checkpoint == older
     (remark,) = start.remarks
     assert f"{newest} is damaged: engine/mp_rank_00_model_states.pt has " in remark
-    start = find_start(config, steps_per_epoch=5, num_ranks=1, resume="auto", contents=True)
+    start = find_start(config, signature=signature(steps_per_epoch=5), num_ranks=1, resume="auto", contents=True)
     assert (start.checkpoint, start.state.step) == (oldest, 2)
     assert "encoder.safetensors has other bytes than were written" in start.remarks[1]
     with pytest.raises(CelError, match="is damaged: engine/mp_rank_00"):

@@ -24,7 +24,7 @@ from cel_dist.errors import CelError, RunError
 from cel_dist.launcher import Placement, launch
 from cel_dist.model import load_model
 from cel_dist.training.checkpoint import complete_checkpoints
-from cel_dist.training.start import find_start
+from cel_dist.training.start import find_start, signature
 
 
 @pytest.fixture
@@ -94,7 +94,8 @@ def test_audio_that_one_rank_cannot_read_is_counted_by_all_and_too_much_of_it_st
         with (folder / shards.manifest.shards[index.shard[sample]].name).open("r+b") as shard:
             shard.seek(int(index.offset[sample]))
             shard.write(bytes(int(index.size[sample])))
-    (first, threads, has_mlflow), (second, *_) = run_world(2, train_and_name_threads, file, folder=tmp_path / "world")
+    outcomes = run_world(2, train_and_name_threads, file, folder=tmp_path / "world", forked=False)
+    (first, threads, has_mlflow), (second, *_) = outcomes
     assert first.startswith("RunError: rank 1 failed: 2 utterances of epoch 0 could not be read")
     assert f"sample {damaged[1]:09d}" in first
     assert first.removeprefix("RunError: rank 1 failed: ") == second.removeprefix("RunError: ")
@@ -178,7 +179,7 @@ def test_too_many_skipped_steps_stop_all(config, tmp_path):
     assert load_model(checkpoint).description.training.step == 2
     # What the message advises is accepted.
     fork = load_config(config(), [f"run.dir={tmp_path / 'fork'}", "optim.lr=1e-4"])
-    assert find_start(fork, steps_per_epoch=5, num_ranks=2, resume=checkpoint).state.step == 2
+    assert find_start(fork, signature=signature(steps_per_epoch=5), num_ranks=2, resume=checkpoint).state.step == 2
 
 
 def train_on_a_small_disk(config, disk):
@@ -252,7 +253,10 @@ def test_a_last_checkpoint_that_does_not_fit_fails_the_run_and_leaves_the_others
         )
         assert "\n" not in message
     (checkpoint,) = (small_disk / "run" / "checkpoints").iterdir()
-    assert find_start(load_config(file), steps_per_epoch=5, num_ranks=2, resume="auto").checkpoint == checkpoint
+    assert (
+        find_start(load_config(file), signature=signature(steps_per_epoch=5), num_ranks=2, resume="auto").checkpoint
+        == checkpoint
+    )
     assert load_model(checkpoint).description.training.step == 1
 
 

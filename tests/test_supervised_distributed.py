@@ -1,12 +1,12 @@
 """Supervised losses over real worlds of 1 to 4 ranks, and in real engines: values and gradients of the global batch."""
 
+import os
 import re
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import Tensor, nn
 from worlds import run_world
 
@@ -115,11 +115,6 @@ def batches() -> list[tuple[Tensor, Tensor]]:
     return list(zip(features, labels, strict=True))
 
 
-def sharded_optimizer(objective: Any) -> torch.optim.Optimizer | None:
-    shard = list(objective.loss.head.sharded_parameters().values())
-    return torch.optim.AdamW(shard, lr=RATE, weight_decay=0.0) if shard else None
-
-
 def train_with_an_engine(stage: int, sharded: bool, chunks: int) -> dict[str, Any]:
     """Train on this rank's rows, with a batch in between that is of no use."""
     from cel_dist.config_file import parse_config
@@ -131,11 +126,10 @@ def train_with_an_engine(stage: int, sharded: bool, chunks: int) -> dict[str, An
         "augment": {"profile": 0},
         "train": {"batch_size": BATCH, "encode_chunks": chunks},
         "engine": {"zero_stage": stage},
-        "optim": {"clip_norm": 0.0, "weight_decay": 0.0},
+        "optim": {"lr": RATE, "clip_norm": 0.0, "weight_decay": 0.0},
     }
     objective = new_objective(dist.group.WORLD, sharded)
     engine = Engine(objective, parse_config(settings, "test"), world, torch.device("cpu"))
-    optimizer = sharded_optimizer(objective)
     own, losses, norms = world.rows(BATCH), [], []
     for number, (features, labels) in enumerate(batches()):
         if number == 1:
@@ -146,22 +140,12 @@ def train_with_an_engine(stage: int, sharded: bool, chunks: int) -> dict[str, An
             problem = engine.problem
             assert engine.gradient_norm().isnan()
             engine.discard()
-            if optimizer:
-                optimizer.zero_grad()
         losses.append(engine.forward_backward(features[own], labels[own]).loss.item())
         if stage == 3 and not sharded:
             assert objective.loss.head.weight.numel() < ENGINE_CLASSES
-        squares = [tensor.grad.square().sum() for tensor in objective.loss.head.sharded_parameters().values()]
-        of_shards = Exchange(dist.group.WORLD, "gather").total(sum(squares, start=torch.zeros(())))
-        norms.append((engine.gradient_norm().square() + of_shards).sqrt().item())
+        norms.append(engine.gradient_norm().item())
         engine.step(RATE)
-        if optimizer:
-            optimizer.step()
-            optimizer.zero_grad()
-    encoder = engine.encoder_state()
-    with engine._whole(objective.get_submodule("loss")):
-        weight = objective.loss.head.class_weights()["weight"]
-    return {"losses": losses, "norms": norms, "problem": problem, "weight": weight, **encoder}
+    return {"losses": losses, "norms": norms, "problem": problem, **engine.class_weights(), **engine.encoder_state()}
 
 
 def train_plainly() -> dict[str, Any]:
@@ -190,8 +174,8 @@ def compute(rank: int, world_size: int) -> dict[str, Any]:
     return result
 
 
-def work(rank: int, world_size: int, folder: str) -> None:
-    torch.set_num_threads(1)
+def work(world_size: int, folder: str) -> None:
+    rank = int(os.environ["RANK"]) if world_size > 1 else 0
     store = dist.FileStore(f"{folder}/store", world_size)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size)
     try:
@@ -220,9 +204,9 @@ def ranks(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     if world_size == 2:
         return run_world(world_size, work_with_engines, folder=folder)
     if world_size == 1:
-        work(0, 1, str(folder))
+        work(1, str(folder))
     else:
-        mp.spawn(work, args=(world_size, str(folder)), nprocs=world_size)
+        run_world(world_size, work, world_size, str(folder), folder=folder)
     return [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in range(world_size)]
 
 
