@@ -5,6 +5,7 @@ Ranks are copies of a process that has loaded torch and DeepSpeed already, which
 
 import atexit
 import functools
+import importlib
 import json
 import os
 import pickle
@@ -105,17 +106,24 @@ def _server() -> "subprocess.Popen[str]":
     return server
 
 
-def _serve() -> None:
-    import numpy as np
-
+def load_what_takes_long() -> None:
+    """What ranks load, for a process that is to be copied."""
     # As the ranks themselves do, who find DeepSpeed loaded here.
     sys.modules["mlflow"] = None  # type: ignore[assignment]
     import deepspeed  # noqa: F401
 
     del sys.modules["mlflow"]
-    import cel_dist.engine
-    import cel_dist.training.trainer  # noqa: F401
+    for module in ("training.trainer", "engine", "report", "evaluation.plots"):
+        importlib.import_module(f"cel_dist.{module}")
+    # What the first optimizer loads, and the plots of a report.
+    for module in ("torch._dynamo", "matplotlib.backends.backend_svg"):
+        importlib.import_module(module)
 
+
+def _serve() -> None:
+    import numpy as np
+
+    load_what_takes_long()
     # Its own, which what DeepSpeed prints does not get into.
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
