@@ -44,7 +44,8 @@ def config(small_corpus, tmp_path_factory):
         "checkpoint": {"every_steps": 1},
         "eval": {"trials": str(small_corpus.trials), "root": str(small_corpus.audio), "every_epochs": 2},
         "engine": {"zero_stage": 2},
-        "data": {"workers": 1},
+        "data": {"workers": 1, "segment_frames": 40},
+        "encoder": {"embedding_dim": 32},
     }
     return lambda name: write_config(small_corpus, folder, name, **sections)
 

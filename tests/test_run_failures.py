@@ -147,7 +147,12 @@ def train_with_poison(config, poisoned, overrides=()):
 
 @pytest.mark.parametrize(("stage", "chunks"), [(0, 1), (2, 2), (3, 1)])
 def test_a_step_that_is_not_finite_on_one_rank_is_skipped_by_all(config, stage, chunks, tmp_path):
-    file = config(engine={"zero_stage": stage}, train={"log_every": 2, "encode_chunks": chunks})
+    file = config(
+        data={"segment_frames": 24},
+        encoder={"embedding_dim": 32},
+        engine={"zero_stage": stage},
+        train={"log_every": 2, "encode_chunks": chunks},
+    )
     outcomes = run_world(2, train_with_poison, file, (2, 3), folder=tmp_path / "world")
     for result, are_unchanged in outcomes:
         assert result["steps"] == 5
