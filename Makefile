@@ -17,7 +17,7 @@ demo: install ## Train on the embedded corpus and write a report to demo/
 	$(BIN)/cel demo --out demo
 
 test: lint ## Check the style and the types, then run all tests
-	$(BIN)/pytest --numprocesses 2 --dist loadfile --durations=15
+	$(BIN)/pytest --numprocesses 3 --dist loadfile --no-loadscope-reorder --durations=15
 
 lint: install ## Check formatting, style and types
 	$(BIN)/ruff format --check .

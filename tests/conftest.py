@@ -16,6 +16,33 @@ from cel_dist.data.prepare_bank import prepare_bank
 
 PROJECT = Path(__file__).resolve().parent.parent
 
+# Begun first, so that none of them is left alone at the end: files that take long, those that compute and those that
+# wait by turns, so that they run beside each other.
+LONGEST = (
+    "test_killed_runs",
+    "test_cable",
+    "test_finetuning",
+    "test_stream_kills",
+    "test_training",
+    "test_two_hosts",
+    "test_run_failures",
+    "test_tracking_server",
+    "test_launcher",
+    "test_watchdog",
+    "test_resuming",
+    "test_demo",
+    "test_launch",
+    "test_stages",
+    "test_real_speech",
+    "test_encoder_training",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Order files by `LONGEST`; within a file, and of the others, nothing changes."""
+    places = {name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: places.get(item.path.stem, len(places)))
+
 
 @pytest.fixture(scope="session")
 def shared() -> Path:

@@ -8,6 +8,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from worlds import load_what_takes_long
+
 TIMEOUT_SECONDS = 60
 
 
@@ -77,10 +79,7 @@ class Rank:
 
 
 def _serve(module: str) -> None:
-    import deepspeed  # noqa: F401
-
-    import cel_dist.training.trainer  # noqa: F401
-
+    load_what_takes_long()
     main = __import__(module).main
     for line in sys.stdin:
         question = json.loads(line)

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 from datetime import timedelta
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from worlds import run_world
 
 from cel_dist import back_end
 from cel_dist.data.audio import encode_audio
@@ -235,8 +236,8 @@ def test_calibration_of_equal_scores_knows_nothing():
     assert fit_calibration([-1.0, -1.0], [0, 1]).probability(-1.0) == 0.5
 
 
-def rank_of_two(rank: int, folder: Path, corpus: Path) -> None:
-    torch.set_num_threads(1)
+def rank_of_two(folder: Path, corpus: Path) -> None:
+    rank = int(os.environ["RANK"])
     dist.init_process_group(
         "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2, timeout=timedelta(seconds=60)
     )
@@ -290,7 +291,7 @@ def two_ranks(
     model.save(folder / "model")
     (folder / "long.wav").write_bytes((corpus / "s1" / "1.wav").read_bytes())
     (folder / "text.wav").write_text("no audio")
-    mp.spawn(rank_of_two, args=(folder, corpus), nprocs=2)
+    run_world(2, rank_of_two, folder, corpus, folder=folder / "world")
     return folder, [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(2)]
 
 

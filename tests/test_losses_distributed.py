@@ -1,6 +1,7 @@
 """The loss over real gloo worlds of 1 to 4 ranks: value and gradients of the global batch, and what they cost."""
 
 import itertools
+import os
 import re
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -10,8 +11,8 @@ import oracle
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import Tensor, nn
+from worlds import run_world
 
 from cel_dist.errors import CelError
 from cel_dist.losses import EquilibriumLoss, angular_contrastive, angular_prototypical, ge2e, prototypical, uniformity
@@ -197,9 +198,8 @@ def refusals(rank: int, group: Any, own: slice) -> dict[str, str]:
     return {name: refusal(call) for name, call in calls.items()}
 
 
-def work(rank: int, world_size: int, folder: str) -> None:
-    if world_size > 1:
-        torch.set_num_threads(1)
+def work(world_size: int, folder: str) -> None:
+    rank = int(os.environ["RANK"]) if world_size > 1 else 0
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world_size)
     try:
         group = dist.group.WORLD
@@ -237,9 +237,9 @@ def ranks(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     world_size: int = request.param
     folder = tmp_path_factory.mktemp("world")
     if world_size == 1:
-        work(0, 1, str(folder))
+        work(1, str(folder))
     else:
-        mp.spawn(work, args=(world_size, str(folder)), nprocs=world_size)
+        run_world(world_size, work, world_size, str(folder), folder=folder)
     return [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in range(world_size)]
 
 

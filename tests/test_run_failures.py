@@ -95,7 +95,8 @@ def test_audio_that_one_rank_cannot_read_is_counted_by_all_and_too_much_of_it_st
         with (folder / shards.manifest.shards[index.shard[sample]].name).open("r+b") as shard:
             shard.seek(int(index.offset[sample]))
             shard.write(bytes(int(index.size[sample])))
-    (first, threads, has_mlflow), (second, *_) = run_world(2, train_and_name_threads, file, folder=tmp_path / "world")
+    outcomes = run_world(2, train_and_name_threads, file, folder=tmp_path / "world", forked=False)
+    (first, threads, has_mlflow), (second, *_) = outcomes
     assert first.startswith("RunError: rank 1 failed: 2 utterances of epoch 0 could not be read")
     assert f"sample {damaged[1]:09d}" in first
     assert first.removeprefix("RunError: rank 1 failed: ") == second.removeprefix("RunError: ")
@@ -147,7 +148,12 @@ def train_with_poison(config, poisoned, overrides=()):
 
 @pytest.mark.parametrize(("stage", "chunks"), [(0, 1), (2, 2), (3, 1)])
 def test_a_step_that_is_not_finite_on_one_rank_is_skipped_by_all(config, stage, chunks, tmp_path):
-    file = config(engine={"zero_stage": stage}, train={"log_every": 2, "encode_chunks": chunks})
+    file = config(
+        data={"segment_frames": 24},
+        encoder={"embedding_dim": 32},
+        engine={"zero_stage": stage},
+        train={"log_every": 2, "encode_chunks": chunks},
+    )
     outcomes = run_world(2, train_with_poison, file, (2, 3), folder=tmp_path / "world")
     for result, are_unchanged in outcomes:
         assert result["steps"] == 5

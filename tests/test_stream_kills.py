@@ -73,7 +73,7 @@ def test_twenty_kills_lose_nothing_and_repeat_nothing(small_corpus, tmp_path):
                     time.sleep(rng.uniform(0.0, 0.3))
                 if pid:
                     os.kill(pid, signal.SIGKILL)
-                _, errors = job.communicate(timeout=60 if pid is None else 15)
+                _, errors = job.communicate(timeout=60)
                 expected_code = {None: 0, job.pid: -signal.SIGKILL}.get(pid, 1)
                 assert job.returncode == expected_code, errors
                 # A job that lost a reader names it.

@@ -1,12 +1,12 @@
 """Supervised losses over real worlds of 1 to 4 ranks: values and gradients of the global batch."""
 
+import os
 import re
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import Tensor, nn
 
 from cel_dist.distributed import World
@@ -94,8 +94,8 @@ def compute(rank: int, world_size: int) -> dict[str, Any]:
     return result
 
 
-def work(rank: int, world_size: int, folder: str) -> None:
-    torch.set_num_threads(1)
+def work(world_size: int, folder: str) -> None:
+    rank = int(os.environ["RANK"]) if world_size > 1 else 0
     store = dist.FileStore(f"{folder}/store", world_size)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size)
     try:
@@ -110,9 +110,9 @@ def ranks(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     world_size: int = request.param
     folder = tmp_path_factory.mktemp("world")
     if world_size == 1:
-        work(0, 1, str(folder))
+        work(1, str(folder))
     else:
-        mp.spawn(work, args=(world_size, str(folder)), nprocs=world_size)
+        run_world(world_size, work, world_size, str(folder), folder=folder)
     return [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in range(world_size)]
 
 
