@@ -225,23 +225,6 @@ def test_ids_are_places_among_the_sorted_names_of_who_is_drawn():
                 assert (names == np.array(ordered.class_names)[batch.ids][:, None]).all()
 
 
-def test_the_classes_of_a_head_that_is_there_are_kept():
-    speakers = spoken([6] * 6)
-    # Longer segments, for which the utterances of speaker 2 are too short.
-    index = index_of(speakers, np.where(speakers == 2, SEGMENT - 1, SEGMENT))
-    names = ["id004", "nobody", "id002", "id000", "id005"]
-    ordered = plan_of(index, 3, class_names=names)
-    assert ordered.class_names == names
-    assert (len(ordered), ordered.num_speakers_left_out) == (18, 3)
-    ids = set()
-    for batch in epoch_of(ordered, 0):
-        assert (index.speaker_names[speakers[batch.utterances]] == np.array(names)[batch.ids][:, None]).all()
-        ids |= set(batch.ids.tolist())
-    assert ids == {0, 3, 4}
-    with pytest.raises(CelError, match=r"train.batch_size=8 .* takes 4 speakers, and 3 of 6 have"):
-        plan_of(index, 4, class_names=names)
-
-
 @pytest.mark.parametrize(("short", "length", "usable"), [("drop", 99, 0), ("overlap", 99, 0), ("repeat", 10, 20)])
 def test_what_is_shorter_than_a_segment_is_repeated_or_left_out(short, length, usable):
     lengths = [length] * 20 + [SEGMENT] * 20

@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from worlds import run_world
 
 from cel_dist.distributed import World
 from cel_dist.errors import CelError

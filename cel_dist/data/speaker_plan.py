@@ -7,7 +7,7 @@ A speaker has at most one group in a batch. So the number of batches is the larg
 where g_s are the groups that speaker s has in an epoch; that so many can be made, `_deal` shows.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -55,14 +55,11 @@ class SpeakerPlan:
         short: what happens to utterances shorter than T. `drop` and `overlap` leave them out; they are the same here,
             where an utterance gives one segment. `repeat` repeats their audio.
         seed: seed of order and segments.
-        class_names: the classes of a head that is there already, in its order: for segments of another length, or on
-            other shards. Other speakers are left out; who has no usable utterances is never drawn. Default: those that
-            are drawn, sorted.
         remainder: what happens to groups that do not fill a batch. `drop` leaves them out of this epoch, others the
             next time. `wrap` adds a batch, for which some speakers have one group more than they would.
 
     Attributes:
-        class_names: the speakers of the classes; `PlannedBatch.ids` are places in it.
+        class_names: the speakers that are drawn, sorted; `PlannedBatch.ids` are places in it.
         num_unlabelled: utterances without a speaker.
         num_speakers_left_out: speakers that are never drawn.
         num_left_out: segments an epoch that were planned and find no place in a batch.
@@ -87,7 +84,6 @@ class SpeakerPlan:
         short: ShortPolicy,
         seed: int,
         remainder: Remainder = "drop",
-        class_names: Sequence[str] | None = None,
     ) -> None:
         self.segment_samples = segment_samples
         self.batch_size = speakers_per_batch
@@ -112,8 +108,6 @@ class SpeakerPlan:
         usable = np.flatnonzero(is_labelled & (index.samples > 0 if short == "repeat" else ~is_short))
         speaker = index.speaker[usable]
         counts = np.bincount(speaker, minlength=len(index.speaker_names))
-        if class_names is not None:
-            counts[~np.isin(index.speaker_names, np.array(class_names))] = 0
         fewest = utterances_per_speaker if too_few == "drop" else 1
         speakers = np.flatnonzero(counts >= fewest)
         if len(speakers) < speakers_per_batch:
@@ -126,17 +120,14 @@ class SpeakerPlan:
                 f"have {fewest} or more utterances that are long enough (a segment is {segment_samples / 16000:.2f} s, "
                 f"data.short={short}, labels.too_few={too_few}); {remedy}"
             )
-        drawn: list[str] = index.speaker_names[speakers].tolist()
-        self.class_names = drawn if class_names is None else list(class_names)
-        ids = {name: place for place, name in enumerate(self.class_names)}
+        self.class_names: list[str] = index.speaker_names[speakers].tolist()
         self.num_speakers_left_out = len(counts) - len(speakers)
         by_speaker = np.argsort(speaker, kind="stable")
         self._utterances: _Small = usable[by_speaker[(counts >= fewest)[speaker[by_speaker]]]].astype(np.int32)
         self.num_dropped = len(index) - len(self._utterances)
 
-        # Of the speakers that are drawn: class, utterances, place of the first of them in `_utterances`, distinct
+        # Of the speakers that are drawn: utterances, place of the first of them in `_utterances`, distinct
         # utterances and groups of an epoch.
-        self._ids: Integers = np.array([ids[name] for name in drawn], np.int64)
         self._counts: Integers = counts[speakers].astype(np.int64)
         self._first: Integers = np.cumsum(self._counts) - self._counts
         most_groups = max_segments // utterances_per_speaker
@@ -162,7 +153,7 @@ class SpeakerPlan:
     def describe(self) -> str:
         """What is drawn and what is left out, for the log."""
         return (
-            f"{len(self)} utterances of {len(self._ids)} speakers ({self.num_unlabelled} without a speaker left "
+            f"{len(self)} utterances of {len(self.class_names)} speakers ({self.num_unlabelled} without a speaker left "
             f"out, {self.num_short} shorter than a segment: data.short={self.short}, {self.num_speakers_left_out} "
             f"speakers left out; an epoch leaves out {self.num_left_out} segments that fill no batch)"
         )
@@ -185,7 +176,7 @@ class SpeakerPlan:
         numbers = order.numbers[step, rows].astype(np.int64)
         places = (numbers[:, None] * self.num_views + views) % self._distinct[speakers, None]
         utterances = order.utterances[self._first[speakers, None] + places].astype(np.int64)
-        return PlannedBatch(epoch, step, self._ids[speakers], utterances, self._starts(utterances, draw))
+        return PlannedBatch(epoch, step, speakers.astype(np.int64), utterances, self._starts(utterances, draw))
 
     def windows(self, epoch: int, step: int) -> Iterator[list[int]]:
         """All shards, again and again: a speaker's utterances lie anywhere."""

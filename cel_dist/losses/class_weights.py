@@ -103,7 +103,7 @@ class ClassWeights(nn.Module):
 
     @torch.no_grad()
     def class_weights(self) -> dict[str, Tensor]:
-        """Copies of the weights of all classes on every rank: `weight` [C, D] or [C, k, D], and `bias` [C] if there is one.
+        """Copies of the weights of all classes on every rank: `weight` [C, D] or [C, k, D], and `bias` [C] if any.
 
         All ranks call this together if the head is sharded. Under ZeRO-3, replicated weights have to be gathered first.
         """
