@@ -84,7 +84,7 @@ def read_and_go_on(folder, transitions):
         if former == stage == 0:
             engine.load(folder / "0")
         else:
-            engine.load_universal(folder / f"universal-{former}")
+            engine.load_universal(folder / f"universal-{former}", folder / str(former))
         read = state_of(engine)
         outcomes[former, stage] = read, step(engine, features()[STEPS]), state_of(engine)
     stop_process_group()
