@@ -162,21 +162,23 @@ class Engine:
 
     def _keep_scale_in_range(self) -> None:
         loss = self.objective.get_submodule("loss")
-        scale = getattr(loss, "w", None)
-        if scale is None:
+        # w and b; class weights have no range.
+        scalars = [] if getattr(loss, "w", None) is None else list(loss.parameters())
+        if not scalars:
             return
-        with self._whole([scale], write=True):
+        with self._whole(scalars, write=True):
             loss.clamp_scale()  # type: ignore[operator]
         if self._stage == 0:
             return
         from deepspeed.utils import safe_set_full_fp32_param, safe_set_local_fp32_param
 
         # The optimizer has a copy of its own of every parameter, from which the next step goes on.
-        if self._stage == 3:
-            # Given the whole, DeepSpeed would cut from one number a part for every rank.
-            safe_set_local_fp32_param(scale, scale.ds_tensor)
-        else:
-            safe_set_full_fp32_param(scale, scale.detach())
+        for parameter in scalars:
+            if self._stage == 3:
+                # Given the whole, DeepSpeed would cut from one number a part for every rank.
+                safe_set_local_fp32_param(parameter, parameter.ds_tensor)  # type: ignore[attr-defined]
+            else:
+                safe_set_full_fp32_param(parameter, parameter.detach())
 
     def _average_buffers(self) -> None:
         """Replace running statistics by their mean over the ranks: the engine saves rank 0's for all. After each
