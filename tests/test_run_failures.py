@@ -194,7 +194,7 @@ def train_on_a_small_disk(config, disk):
 
     genuine, filler = CheckpointStore.save, disk / "filler"
 
-    def save(store, engine, model, saved):
+    def save(store, engine, model, saved, *more):
         store.wait()
         torch.distributed.barrier()
         if os.environ["RANK"] == "0":
@@ -202,7 +202,7 @@ def train_on_a_small_disk(config, disk):
             if saved.state.step in (2, 5):
                 fill(filler)
         torch.distributed.barrier()
-        genuine(store, engine, model, saved)
+        genuine(store, engine, model, saved, *more)
 
     CheckpointStore.save = save
     return train_job(config)
