@@ -340,7 +340,7 @@ def _errors(record: Record) -> str:
 
 
 def _parts(record: Record) -> str:
-    names = [name for name in ("similarity", "uniformity") if name in record]
+    names = [name for name in ("similarity", "uniformity", "accuracy") if name in record]
     return ", ".join(f"{name} {record[name]:.4f}" for name in names)
 
 

@@ -51,6 +51,8 @@ _TRAINING_PANELS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("accuracy, alignment", ("accuracy", "alignment")),
     ("alignment, uniformity of validation", ("eval_alignment", "eval_uniformity")),
     ("learning rate", ("lr",)),
+    ("scale of the logits", ("w", "scale")),
+    ("margin", ("margin",)),
     ("gradient norm", ("grad_norm",)),
     ("utterances per second", ("utterances_per_second",)),
 )
@@ -170,7 +172,7 @@ def group_errors(groups: Sequence[Group], control: Control | None = None, *, pic
 
 
 def training_curves(records: Sequence[Mapping[str, Any]], *, picture: Format = "png") -> bytes:
-    """Course of a training run: losses, validation EER, accuracy, learning rate, gradient norm and speed over steps.
+    """Course of a training run: losses, validation EER, accuracy, learning rate, scale, gradient norm and speed.
 
     Args:
         records: the objects of `metrics.jsonl` and `evaluations.jsonl`; each has `step`, and whichever of the measures
