@@ -60,12 +60,15 @@ def _pretraining(name: str, title: str, similarity: str, *settings: str) -> Arm:
     return Arm(name, title, shards + settings, None if name == short else short)
 
 
-def _finetuning(name: str, title: str, shards: str, against: str | None = None) -> Arm:
+def _finetuning(name: str, title: str, shards: str, *settings: str, against: str | None = None) -> Arm:
     init = (f"encoder.init={{out}}/{START}-{{seed}}",) if against else ()
-    return Arm(name, title, (f"data.shards={{out}}/{shards}", *init), against)
+    return Arm(name, title, (f"data.shards={{out}}/{shards}", *init, *settings), against)
 
 
 START = "a-prot+pon"
+TENTH = "labelled-tenth-{seed}"
+# The published rate takes a network far away from where it began.
+SLOW = "optim.lr=2e-4"
 ARMS = {
     "claims.yaml": (
         _pretraining("a-prot", "A-Prot alone", "angular_prototypical", "loss.lambda_u=0"),
@@ -77,9 +80,11 @@ ARMS = {
     ),
     "claims_finetuning.yaml": (
         _finetuning("all-nothing", "all labels, from nothing", "labelled"),
-        _finetuning("all-cel", "all labels, from CEL", "labelled", "all-nothing"),
-        _finetuning("tenth-nothing", "a tenth of the labels, from nothing", "labelled-tenth-{seed}"),
-        _finetuning("tenth-cel", "a tenth of the labels, from CEL", "labelled-tenth-{seed}", "tenth-nothing"),
+        _finetuning("all-cel", "all labels, from CEL", "labelled", against="all-nothing"),
+        _finetuning("tenth-nothing", "a tenth of the labels, from nothing", TENTH),
+        _finetuning("tenth-cel", "a tenth of the labels, from CEL", TENTH, against="tenth-nothing"),
+        _finetuning("tenth-nothing-slow", "a tenth, from nothing, a fifth of the learning rate", TENTH, SLOW),
+        _finetuning("tenth-cel-slow", "a tenth, from CEL, a fifth of it", TENTH, SLOW, against="tenth-nothing-slow"),
     ),
 }
 
