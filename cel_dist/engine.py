@@ -203,8 +203,8 @@ class Engine:
         loss = self.objective.get_submodule("loss")
         head = getattr(loss, "head", None)
         if head is not None:
-            values = {name: getattr(head, name, None) for name in ("margin", "scale")}
-            return {name: float(value) for name, value in values.items() if value is not None}
+            scalars: dict[str, float] = head.scalars()
+            return scalars
         with self._whole(list(loss.parameters())):
             return {name: parameter.item() for name, parameter in loss.named_parameters()}
 

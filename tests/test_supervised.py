@@ -170,6 +170,18 @@ def test_the_scale_of_adacos_never_leaves_the_positive_numbers() -> None:
     assert max(scales) > 0.5
 
 
+def test_softmax_and_adacos_take_a_margin_and_a_scale_too() -> None:
+    x, y = rows(), labels()
+    right = F.one_hot(y, CLASSES)
+    softmax = Softmax(DIM, CLASSES, margin=0.5, scale=3.0, seed=1).double()
+    logits = 3.0 * (x @ softmax.weight.T + softmax.bias - 0.5 * right)
+    close(softmax(x, y).loss, F.cross_entropy(logits, y))
+    adacos = AdaCos(DIM, CLASSES, margin=0.5, scale=4.0, seed=1).double().eval()
+    close(adacos(x, y).loss, F.cross_entropy(4.0 * (cosines(x, adacos.weight) - 0.5 * right), y))
+    adacos.train()(x, y)
+    assert float(adacos.scale) != 4.0
+
+
 def test_all_views_of_a_row_are_of_its_class() -> None:
     head = CosFace(DIM, CLASSES, seed=1).double()
     x = rows(6, 3)
@@ -304,6 +316,7 @@ def test_unusable_embeddings_are_refused_or_make_a_loss_that_is_no_number(
         (lambda head: ArcFace(DIM, CLASSES, sub_centres=0), "sub_centres of the head is 0"),
         (lambda head: ArcFace(DIM, CLASSES, seed=-1), "seed of the head is -1"),
         (lambda head: AdaCos(DIM, 2), "AdaCos has 2 classes"),
+        (lambda head: AdaCos(DIM, 5, scale=0.0), "the scale of the head is 0.0"),
         (lambda head: SupervisedLoss(head, lambda_u=-1.0), "lambda_u is -1.0"),
         (lambda head: SupervisedLoss(head, pairs="all"), "unknown pairs 'all'"),
         (lambda head: SupervisedLoss(head)(rows(12, 1), labels() * 0), "are one sample"),

@@ -37,6 +37,7 @@ class ClassificationHead(ClassWeights):
     Args:
         embedding_dim: D.
         classes: C, at least 2.
+        margin: m, by which the score of the right class is lowered in the way of the head.
         sub_centres: k centres a class, of which the nearest counts.
         group: the ranks that share the batch, None for this process alone. With a group, `forward` takes this rank's
             rows, and the loss and its gradient, after a mean of parameter gradients over the ranks, are those of the
@@ -54,11 +55,14 @@ class ClassificationHead(ClassWeights):
     """
 
     angular = True
+    # Exclusive.
+    largest_margin = 2.0
 
     def __init__(
         self,
         embedding_dim: int,
         classes: int,
+        margin: float,
         *,
         sub_centres: int = 1,
         group: dist.ProcessGroup | None = None,
@@ -69,6 +73,24 @@ class ClassificationHead(ClassWeights):
         super().__init__(embedding_dim, classes, sub_centres, not self.angular, group, sharded, seed)
         self._products = Products(matmul)
         self.problem: str | None = None
+        self.margin = margin
+
+    @property
+    def margin(self) -> float:
+        """m; may be set at any time, on all ranks alike."""
+        return self._margin
+
+    @margin.setter
+    def margin(self, margin: float) -> None:
+        if not 0 <= margin < self.largest_margin:
+            raise CelError(
+                f"the margin of the head is {margin}; give a number of at least 0 and below {self.largest_margin:.3g}"
+            )
+        self._margin = margin
+
+    def scalars(self) -> dict[str, float]:
+        """What is worth a record at every step, by name."""
+        return {}
 
     def forward(self, x: Tensor, labels: Tensor, skip_unusable: bool = False) -> ClassificationOutput:
         """Loss and accuracy of the global batch, in fp32 (fp64 for fp64 embeddings) under autocast too.
@@ -110,54 +132,22 @@ class ClassificationHead(ClassWeights):
             loss = math.nan * sum((part.to(rows.dtype).sum() for part in parts), start=rows.new_zeros(()))
             return ClassificationOutput(loss, loss.detach())
 
-    @abstractmethod
     def _with_margin(self, right: Tensor) -> tuple[Tensor, Tensor]:
         """Scores of the right classes with the margin, and their derivative at those without."""
+        # Published with a margin of fp32, which moves a loss by 1e-7: the reference numbers hold to 1e-9.
+        return right - float(np.float32(self.margin)), torch.ones_like(right)
 
     @abstractmethod
     def _scale_of(self, scores: Scores) -> Tensor | float:
         """Factor of the scores."""
 
 
-class Softmax(ClassificationHead):
-    """Inner products and a bias, of embeddings as they are. It has neither margin nor scale.
-
-    >>> output = Softmax(32, 5)(torch.randn(8, 32), torch.arange(8) % 5)
-    >>> bool(output.loss > 0)
-    True
-    """
-
-    angular = False
-
-    def __init__(
-        self,
-        embedding_dim: int,
-        classes: int,
-        *,
-        group: dist.ProcessGroup | None = None,
-        sharded: bool = False,
-        seed: int | None = None,
-        matmul: MatmulName = "fp32",
-    ) -> None:
-        super().__init__(embedding_dim, classes, group=group, sharded=sharded, seed=seed, matmul=matmul)
-
-    def _with_margin(self, right: Tensor) -> tuple[Tensor, Tensor]:
-        return right, torch.ones_like(right)
-
-    def _scale_of(self, scores: Scores) -> float:
-        return 1.0
-
-
-class _MarginHead(ClassificationHead):
-    """A fixed scale, and a margin that may change from step to step.
+class _FixedScaleHead(ClassificationHead):
+    """A scale that stays.
 
     Attributes:
-        margin: m; may be set at any time, on all ranks alike.
         scale: s.
     """
-
-    # Exclusive.
-    largest_margin: float
 
     def __init__(
         self,
@@ -175,6 +165,7 @@ class _MarginHead(ClassificationHead):
         super().__init__(
             embedding_dim,
             classes,
+            margin,
             sub_centres=sub_centres,
             group=group,
             sharded=sharded,
@@ -183,36 +174,52 @@ class _MarginHead(ClassificationHead):
         )
         if not 0 < scale < math.inf:
             raise CelError(f"the scale of the head is {scale}; give a finite number above 0")
-        self.margin = margin
         self.scale = scale
 
-    @property
-    def margin(self) -> float:
-        return self._margin
-
-    @margin.setter
-    def margin(self, margin: float) -> None:
-        if not 0 <= margin < self.largest_margin:
-            raise CelError(
-                f"the margin of the head is {margin}; give a number of at least 0 and below {self.largest_margin:.3g}"
-            )
-        self._margin = margin
+    def scalars(self) -> dict[str, float]:
+        """Margin and scale."""
+        return {"margin": self.margin, "scale": self.scale}
 
     def _scale_of(self, scores: Scores) -> float:
         return self.scale
 
 
-class CosFace(_MarginHead):
+class Softmax(_FixedScaleHead):
+    """Inner products and a bias, of embeddings as they are: s (<x, w_j> + b_j - m [j = y]), by default with m = 0 and
+    s = 1.
+
+    >>> output = Softmax(32, 5)(torch.randn(8, 32), torch.arange(8) % 5)
+    >>> bool(output.loss > 0)
+    True
+    """
+
+    angular = False
+    largest_margin = math.inf
+
+    def __init__(
+        self,
+        embedding_dim: int,
+        classes: int,
+        margin: float = 0.0,
+        scale: float = 1.0,
+        *,
+        group: dist.ProcessGroup | None = None,
+        sharded: bool = False,
+        seed: int | None = None,
+        matmul: MatmulName = "fp32",
+    ) -> None:
+        super().__init__(embedding_dim, classes, margin, scale, group=group, sharded=sharded, seed=seed, matmul=matmul)
+
+    def scalars(self) -> dict[str, float]:
+        """Nothing: as a rule it has neither margin nor scale."""
+        return {}
+
+
+class CosFace(_FixedScaleHead):
     """A margin on the cosine (additive margin softmax): s (cos - m) for the right class. The margin is below 2."""
 
-    largest_margin = 2.0
 
-    def _with_margin(self, right: Tensor) -> tuple[Tensor, Tensor]:
-        # Published with a margin of fp32, which moves a loss by 1e-7: the reference numbers hold to 1e-9.
-        return right - float(np.float32(self.margin)), torch.ones_like(right)
-
-
-class ArcFace(_MarginHead):
+class ArcFace(_FixedScaleHead):
     """A margin on the angle (additive angular margin softmax): s cos(theta + m) for the right class.
 
     Where theta + m would pass pi, and the cosine rise again, s (cos theta - m sin m) takes its place, as in the
@@ -233,7 +240,7 @@ class ArcFace(_MarginHead):
 
 
 class AdaCos(ClassificationHead):
-    """No margin, and a scale that follows the batch.
+    """A scale that follows the batch.
 
     Before the loss of a batch is computed in training mode, the scale s becomes log(B) / cos(min(pi / 4, theta)), with
     B the mean over the embeddings of the global batch of sum_{j != y} exp(s cos_j), and theta the median of their
@@ -242,9 +249,11 @@ class AdaCos(ClassificationHead):
     recovers with the next batch.
 
     Args: as `ClassificationHead`, but at least three classes: with two, the scale would be 0 for ever.
+        margin: as published 0; else that of `CosFace`.
+        scale: at first; by default sqrt(2) log(C - 1), as published.
 
     Attributes:
-        scale: [1] float32 buffer, sqrt(2) log(C - 1) at first; the same on all ranks, and in the state dict.
+        scale: [1] float32 buffer; the same on all ranks, and in the state dict.
     """
 
     scale: Tensor
@@ -253,19 +262,25 @@ class AdaCos(ClassificationHead):
         self,
         embedding_dim: int,
         classes: int,
+        margin: float = 0.0,
+        scale: float | None = None,
         *,
         group: dist.ProcessGroup | None = None,
         sharded: bool = False,
         seed: int | None = None,
         matmul: MatmulName = "fp32",
     ) -> None:
-        super().__init__(embedding_dim, classes, group=group, sharded=sharded, seed=seed, matmul=matmul)
+        super().__init__(embedding_dim, classes, margin, group=group, sharded=sharded, seed=seed, matmul=matmul)
         if classes < 3:
             raise CelError(f"AdaCos has {classes} classes; it adapts nothing below 3, use ArcFace or CosFace")
-        self.register_buffer("scale", torch.tensor([math.sqrt(2) * math.log(classes - 1)]))
+        first = math.sqrt(2) * math.log(classes - 1) if scale is None else scale
+        if not 0 < first < math.inf:
+            raise CelError(f"the scale of the head is {scale}; give a finite number above 0")
+        self.register_buffer("scale", torch.tensor([first]))
 
-    def _with_margin(self, right: Tensor) -> tuple[Tensor, Tensor]:
-        return right, torch.ones_like(right)
+    def scalars(self) -> dict[str, float]:
+        """The scale."""
+        return {"scale": float(self.scale)}
 
     def _scale_of(self, scores: Scores) -> Tensor:
         if self.training:
