@@ -27,6 +27,15 @@ from cel_dist.config_sections import (
 )
 
 
+# Of the losses that classify, what of the section `head` each of them takes: the other settings are those of its paper.
+_HEAD_SETTINGS = {
+    "softmax": ("weights", "init"),
+    "adacos": ("weights", "init"),
+    "cosface": tuple(HeadSection.model_fields),
+    "arcface": tuple(HeadSection.model_fields),
+}
+
+
 class Config(Section):
     """The whole configuration of a run."""
 
@@ -97,11 +106,8 @@ class Config(Section):
             raise ValueError(
                 f"loss.similarity={similarity} compares utterances of a speaker; set labels.utterances to 2 or more"
             )
-        usable = {"softmax": {"weights", "init"}, "adacos": {"weights", "init"}}.get(
-            similarity, set(HeadSection.model_fields) if self.classifies else set()
-        )
         for name, value in head:
-            if name not in usable and value != getattr(HeadSection(), name):
+            if name not in _HEAD_SETTINGS.get(similarity, ()) and value != getattr(HeadSection(), name):
                 raise ValueError(f"head.{name}={value} means nothing to loss.similarity={similarity}; leave it out")
         if labels.speeds_are_speakers and not self.classifies:
             raise ValueError(
@@ -134,12 +140,12 @@ class Config(Section):
     @property
     def classifies(self) -> bool:
         """Whether the loss has class weights."""
-        return self.loss.similarity in ("softmax", "cosface", "arcface", "adacos")
+        return self.loss.similarity in _HEAD_SETTINGS
 
     @property
     def has_margin(self) -> bool:
         """Whether the loss has a margin."""
-        return self.loss.similarity in ("cosface", "arcface")
+        return "margin" in _HEAD_SETTINGS.get(self.loss.similarity, ())
 
     @property
     def rows(self) -> int:
