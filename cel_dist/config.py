@@ -26,7 +26,6 @@ from cel_dist.config_sections import (
     TrainSection,
 )
 
-
 # Of the losses that classify, what of the section `head` each of them takes: the other settings are those of its paper.
 _HEAD_SETTINGS = {
     "softmax": ("weights", "init"),

@@ -210,7 +210,7 @@ def test_the_order_of_speeds_is_that_of_classes_and_so_must_stay():
         tree["labels"] = {**LABELLED["labels"], "speeds_are_speakers": True}
         return class_names(parse_config(tree, "test"), ["a", "b"])
 
-    assert of(0.9, 1.0) == ["a x0.9", "b x0.9", "a", "b"]
+    assert of(0.9, 1.0) == ("a x0.9", "b x0.9", "a", "b")
     one, other = (signature(steps_per_epoch=1, class_names=of(*speeds)) for speeds in ((0.9, 1.0), (1.0, 0.9)))
     assert one != other
 

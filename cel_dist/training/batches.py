@@ -62,7 +62,9 @@ class Batches:
     def __init__(self, config: Config, checked: Checked, world: World, device: torch.device) -> None:
         self._plan, self._world, self._device = checked.plan, world, device
         self._rows = world.rows(config.rows)
-        self._num_classes = checked.num_speakers if config.labels.speeds_are_speakers else 0
+        # The classes of a speed lie behind those of the one before.
+        by_speed = config.labels.speeds_are_speakers
+        self._classes_a_speed = len(checked.class_names) // len(config.augment.speeds) if by_speed else 0
         self.stream = SegmentStream(
             checked.shards,
             checked.plan,
@@ -121,9 +123,9 @@ class Batches:
             features: Tensor = self._features(waves.flatten(0, 1)).unflatten(0, waves.shape[:2])
             features = self._masks(features, **place)
         ids = batch.ids.to(self._device)
-        if self._num_classes:
+        if self._classes_a_speed:
             # The same voice at another speed is that of somebody else.
-            ids = ids + self._num_classes * torch.from_numpy(self._speed.drawn(**place)).to(ids.device)
+            ids = ids + self._classes_a_speed * torch.from_numpy(self._speed.drawn(**place)).to(ids.device)
         return TrainBatch(batch.epoch, batch.step, ids, batch.utterances, features, len(batch.faults), waited, rate)
 
     def close(self) -> None:

@@ -48,12 +48,12 @@ class Classes:
         return path
 
 
-def class_names(config: Config, speakers: Sequence[str]) -> list[str]:
+def class_names(config: Config, speakers: Sequence[str]) -> tuple[str, ...]:
     """Names of the classes of a run with labels, in their order: the speakers, and with `labels.speeds_are_speakers`
     all of them once a speed."""
     if not config.labels.speeds_are_speakers:
-        return list(speakers)
-    return [f"{name} x{speed:g}" if speed != 1 else name for speed in config.augment.speeds for name in speakers]
+        return tuple(speakers)
+    return tuple(f"{name} x{speed:g}" if speed != 1 else name for speed in config.augment.speeds for name in speakers)
 
 
 def read_classes(source: str) -> Classes:

@@ -31,19 +31,14 @@ class Checked:
         plan: which of them form batches.
         bank: noises and rooms.
         start: where the run begins.
-        speakers: whom a run with labels tells apart, in the order of their classes; of others none.
+        class_names: whom a run with labels tells apart, in the order of their classes; of others none.
     """
 
     shards: ShardFolder
     plan: BatchPlan
     bank: Bank | None
     start: Start
-    speakers: tuple[str, ...] = ()
-
-    @property
-    def num_speakers(self) -> int:
-        """Speakers that a run with labels tells apart, without those that only speak at another speed."""
-        return len(self.speakers)
+    class_names: tuple[str, ...] = ()
 
 
 def preflight(config: Config, num_ranks: int | None, resume: str) -> Checked:
@@ -72,11 +67,10 @@ def preflight(config: Config, num_ranks: int | None, resume: str) -> Checked:
             patience=data.patience_seconds,
         ),
     )
-    plan, speakers = _plan(config, shards.index)
+    plan, names = _plan(config, shards.index)
     shards.files.require_room(plan.max_shards_at_once, plan.cache_remedy)
     bank = Bank.open(config.data.bank) if config.data.bank else None
     Augment(config.augment, bank, config.train.seed)
-    names = class_names(config, speakers)
     start = find_start(
         config,
         signature=signature(steps_per_epoch=plan.steps_per_epoch, class_names=names),
@@ -92,11 +86,11 @@ def preflight(config: Config, num_ranks: int | None, resume: str) -> Checked:
         file_sizes(config.eval.root, trials.files)
         if config.eval.metadata is not None:
             Metadata.read(config.eval.metadata, trials.files).check(trials)
-    return Checked(shards, plan, bank, start, speakers)
+    return Checked(shards, plan, bank, start, names)
 
 
 def _plan(config: Config, index: Index) -> tuple[BatchPlan, tuple[str, ...]]:
-    """The plan of a run, and the names of the speakers that one with labels tells apart."""
+    """The plan of a run, and the names of the classes of one with labels."""
     data, labels = config.data, config.labels
     if not labels.use:
         plan = Plan(
@@ -120,7 +114,7 @@ def _plan(config: Config, index: Index) -> tuple[BatchPlan, tuple[str, ...]]:
         seed=config.train.seed,
         remainder=data.remainder,
     )
-    return of_speakers, tuple(of_speakers.class_names)
+    return of_speakers, class_names(config, of_speakers.class_names)
 
 
 def _require_rows(config: Config, num_ranks: int) -> None:

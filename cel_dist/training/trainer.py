@@ -25,7 +25,7 @@ from cel_dist.training.agreement import Agreement, agree, describe_batch
 from cel_dist.training.batches import Batches, TrainBatch
 from cel_dist.training.checkpoint import SavedRun
 from cel_dist.training.checkpoint_store import CheckpointStore
-from cel_dist.training.classes import Classes, class_names, take_over
+from cel_dist.training.classes import Classes, take_over
 from cel_dist.training.conclusion import catch_up, conclude
 from cel_dist.training.memory import advice_on_memory
 from cel_dist.training.objective import initial_encoder, new_encoder, new_objective
@@ -112,7 +112,7 @@ class Trainer:
         self.config_text = dump_config(config)
         self.plan = checked.plan
         self.batches = Batches(config, checked, world, device)
-        self.class_names = names = class_names(config, checked.speakers)
+        self.class_names = names = checked.class_names
         self.signature = signature(steps_per_epoch=self.plan.steps_per_epoch, class_names=names)
         start = agreed_start(config, world, signature=self.signature, resume=resume)
         with raised_together(world):
