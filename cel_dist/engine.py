@@ -48,10 +48,11 @@ class Engine:
             model=objective.to(device), optimizer=optimizer, config=deepspeed_settings(config, world)
         )
         engine_checkpoint.initialise(self._engine)
-        head = getattr(objective.get_submodule("loss"), "head", None)
+        # What classifies, of a loss that does.
+        self._head: Any = getattr(objective.get_submodule("loss"), "head", None)
         self._shards = None
-        if head is not None and head.sharded:
-            self._shards = Shards(head, world.rank, config.optim.lr * self._rates[1])
+        if self._head is not None and self._head.sharded:
+            self._shards = Shards(self._head, world.rank, config.optim.lr * self._rates[1])
         self._norm: Tensor | None = None
         self._before_pass: _Buffers | None = None
         # A script for reading DeepSpeed's files, which `model/` makes needless, and which rank 0 alone could fail to
@@ -200,25 +201,23 @@ class Engine:
 
     def loss_scalars(self) -> dict[str, float]:
         """The loss's scalars by name: w and b, the margin, the scale of AdaCos."""
-        loss = self.objective.get_submodule("loss")
-        head = getattr(loss, "head", None)
-        if head is not None:
-            scalars: dict[str, float] = head.scalars()
+        if self._head is not None:
+            scalars: dict[str, float] = self._head.scalars()
             return scalars
+        loss = self.objective.get_submodule("loss")
         with self._whole(list(loss.parameters())):
             return {name: parameter.item() for name, parameter in loss.named_parameters()}
 
     def set_margin(self, margin: float) -> None:
         """The margin of the next steps, for a loss that has one."""
-        self.objective.get_submodule("loss").head.margin = margin  # type: ignore[union-attr]
+        self._head.margin = margin
 
     def class_weights(self) -> dict[str, Tensor] | None:
         """Class weights by name, whole, on the CPU of every rank; None for a loss without. All ranks call this."""
-        head = getattr(self.objective.get_submodule("loss"), "head", None)
-        if head is None:
+        if self._head is None:
             return None
-        with self._whole(list(head.parameters())):
-            return {name: tensor.detach().to("cpu", copy=True) for name, tensor in head.class_weights().items()}
+        with self._whole(list(self._head.parameters())):
+            return {name: tensor.detach().to("cpu", copy=True) for name, tensor in self._head.class_weights().items()}
 
     def discard(self) -> None:
         """Forget the gradients of `forward_backward` and what it made of the buffers, instead of a `step`."""

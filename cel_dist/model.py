@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from cel_dist.back_end import BackEnd
-from cel_dist.data.audio import SAMPLE_RATE, AudioError, audio_seconds
+from cel_dist.data.audio import SAMPLE_RATE
 from cel_dist.description import (
     DESCRIPTION_FILE,
     Calibration,
@@ -268,13 +268,9 @@ class SpeakerModel:
     def _seconds(self, audio: Audio) -> float | None:
         """Duration of an utterance; None for an embedding, which does not tell."""
         if isinstance(audio, (str, os.PathLike)):
-            try:
-                return audio_seconds(Path(audio))
-            except AudioError as error:
-                raise CelError(f"{audio} cannot be read as audio ({error}); convert it to WAV or FLAC") from None
+            return Excerpt(str(audio)).seconds()
         if isinstance(audio, Excerpt):
-            whole = self._seconds(audio.path) or 0.0
-            return min(whole, audio.end_seconds or whole) - audio.start_seconds
+            return audio.seconds()
         return len(audio) / SAMPLE_RATE if len(audio) >= MIN_SAMPLES else None
 
 

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
-from cel_dist.data.audio import SAMPLE_RATE, AudioError, audio_blocks, require_usable
+from cel_dist.data.audio import SAMPLE_RATE, AudioError, audio_blocks, audio_seconds, require_usable
 from cel_dist.errors import CelError
 from cel_dist.features import segment_samples
 
@@ -46,6 +46,18 @@ class Excerpt:
     def below(self, root: str | os.PathLike[str]) -> "Excerpt":
         """The same part, with a path that `root` was put before."""
         return Excerpt(str(Path(root) / self.path), self.start_seconds, self.end_seconds)
+
+    def seconds(self) -> float:
+        """Duration, by what the file says of its own.
+
+        Raises:
+            CelError: the file cannot be read as audio.
+        """
+        try:
+            whole = audio_seconds(Path(self.path))
+        except AudioError as error:
+            raise _unreadable(self.path, error) from None
+        return min(whole, self.end_seconds or whole) - self.start_seconds
 
 
 Audio: TypeAlias = str | os.PathLike[str] | Excerpt | NDArray[Any] | Tensor
@@ -175,14 +187,16 @@ def _file_blocks(excerpt: Excerpt) -> Iterator[NDArray[np.int16]]:
             yield block[max(first - position, 0) : None if end is None else end - position]
             position += len(block)
     except AudioError as error:
-        raise CelError(
-            f"{path} cannot be read as audio ({error}); convert it to WAV or FLAC, or leave it out"
-        ) from None
+        raise _unreadable(path, error) from None
     if first and position <= first:
         raise CelError(
             f"{path} ends after {position / SAMPLE_RATE:g} s, but a part of it is to begin at "
             f"{excerpt.start_seconds:g} s; check the times in the list of enrolments"
         )
+
+
+def _unreadable(path: str | Path, fault: AudioError) -> CelError:
+    return CelError(f"{path} cannot be read as audio ({fault}); convert it to WAV or FLAC, or leave it out")
 
 
 def _samples(audio: NDArray[Any] | Tensor) -> NDArray[Any]:

@@ -4,7 +4,7 @@ import fcntl
 import hashlib
 import os
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
@@ -32,6 +32,30 @@ def atomic_write(path: Path) -> Iterator[IO[bytes]]:
         temporary.unlink(missing_ok=True)
         raise
     sync(path.parent)
+
+
+def write_files(folder: Path, contents: Mapping[str, tuple[str, Iterable[bytes]]], what: str) -> dict[str, Path]:
+    """Write files into a folder, which is made; each is whole or absent.
+
+    Args:
+        folder: where to.
+        contents: by kind, the name of the file and the pieces of its content.
+        what: they are together, for the message.
+
+    Returns:
+        Their paths by kind.
+
+    Raises:
+        RunError: the folder cannot be written.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, pieces in contents.values():
+            with atomic_write(folder / name) as stream:
+                stream.writelines(pieces)
+    except OSError as error:
+        raise RunError(f"cannot write {what} to {folder}: {error.strerror}; check space and permissions") from error
+    return {kind: folder / name for kind, (name, _) in contents.items()}
 
 
 def leftovers(folder: Path) -> list[Path]:

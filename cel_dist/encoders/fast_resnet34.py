@@ -5,10 +5,10 @@ from torch import Tensor, nn
 
 from cel_dist.encoders.pooling import build_pooling
 from cel_dist.encoders.registry import register_encoder
+from cel_dist.encoders.residual import initialise_convolutions, residual_stages, shortcut
 
-_CHANNELS = (16, 32, 64, 128)
-_BLOCKS = (3, 4, 6, 3)
-_STRIDES = (1, 2, 2, 1)
+# Channels, blocks, stride of the first block.
+_STAGES = ((16, 3, 1), (32, 4, 2), (64, 6, 2), (128, 3, 1))
 _REDUCTION = 8
 
 
@@ -39,11 +39,7 @@ class ResidualBlock(nn.Module):
         self.conv2 = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
         self.norm2 = nn.BatchNorm2d(channels)
         self.gate = SqueezeExcitation(channels)
-        self.shortcut: nn.Module = nn.Identity()
-        if stride != 1 or in_channels != channels:
-            self.shortcut = nn.Sequential(
-                nn.Conv2d(in_channels, channels, 1, stride=stride, bias=False), nn.BatchNorm2d(channels)
-            )
+        self.shortcut = shortcut(in_channels, channels, stride)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map [B, C, H, F] to [B, C', H', F']."""
@@ -68,20 +64,13 @@ class FastResNet34(nn.Module):
     def __init__(self, embedding_dim: int = 512, *, pooling: str = "sap", num_mels: int = 40) -> None:
         super().__init__()
         self.embedding_dim = embedding_dim
-        self.stem = nn.Conv2d(1, _CHANNELS[0], 7, stride=(2, 1), padding=3, bias=False)
-        self.stem_norm = nn.BatchNorm2d(_CHANNELS[0])
-        self.stages = nn.Sequential()
-        in_channels = _CHANNELS[0]
-        for channels, num_blocks, stride in zip(_CHANNELS, _BLOCKS, _STRIDES, strict=True):
-            blocks = [ResidualBlock(in_channels, channels, stride)]
-            blocks += [ResidualBlock(channels, channels, 1) for _ in range(num_blocks - 1)]
-            self.stages.append(nn.Sequential(*blocks))
-            in_channels = channels
-        self.pooling, pooled_channels = build_pooling(pooling, in_channels)
+        channels = _STAGES[0][0]
+        self.stem = nn.Conv2d(1, channels, 7, stride=(2, 1), padding=3, bias=False)
+        self.stem_norm = nn.BatchNorm2d(channels)
+        self.stages = residual_stages(ResidualBlock, channels, _STAGES)
+        self.pooling, pooled_channels = build_pooling(pooling, _STAGES[-1][0])
         self.projection = nn.Linear(pooled_channels, embedding_dim)
-        for module in self.modules():
-            if isinstance(module, nn.Conv2d):
-                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+        initialise_convolutions(self)
 
     def forward(self, features: Tensor) -> Tensor:
         """Embed features [B, M, F] as [B, embedding_dim], in the dtype of autocast, else in that of the parameters."""

@@ -9,8 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from cel_dist.data.files import atomic_write
-from cel_dist.errors import CelError, RunError
+from cel_dist.data.files import write_files
+from cel_dist.errors import CelError
 from cel_dist.evaluation.control import Control
 from cel_dist.evaluation.geometry import Alignment, Geometry, measure_geometry
 from cel_dist.evaluation.groups import MIN_TRIALS, Group, errors_by_group
@@ -73,19 +73,10 @@ class Diagnostics(BaseModel):
         from cel_dist.evaluation.plots import group_errors
 
         contents = {
-            "diagnostics_file": (DIAGNOSTICS_FILE, self.model_dump_json(indent=1).encode() + b"\n"),
-            "diagnostics_picture": (PICTURE_FILE, group_errors(self.groups, self.control)),
+            "diagnostics_file": (DIAGNOSTICS_FILE, [self.model_dump_json(indent=1).encode(), b"\n"]),
+            "diagnostics_picture": (PICTURE_FILE, [group_errors(self.groups, self.control)]),
         }
-        try:
-            Path(folder).mkdir(parents=True, exist_ok=True)
-            for name, content in contents.values():
-                with atomic_write(Path(folder) / name) as stream:
-                    stream.write(content)
-        except OSError as error:
-            raise RunError(
-                f"cannot write the diagnostics to {folder}: {error.strerror}; check space and permissions"
-            ) from error
-        return {kind: Path(folder) / name for kind, (name, _) in contents.items()}
+        return write_files(Path(folder), contents, "the diagnostics")
 
     def text(self) -> str:
         """The diagnostics as a table for a terminal."""

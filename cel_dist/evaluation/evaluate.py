@@ -9,7 +9,6 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from cel_dist.data.audio import AudioError, audio_seconds
 from cel_dist.data.files import require_folder_or_nothing
 from cel_dist.description import Calibration
 from cel_dist.distributed import World
@@ -157,15 +156,9 @@ def _check_settings(
 
 def _shorter_seconds(root: Path, trials: Trials) -> NDArray[np.float64]:
     """Duration of the shorter utterance of each trial, float64 [M]."""
-    durations = np.zeros(len(trials.files))
-    for place, excerpts in enumerate(trials.recordings):
-        for excerpt in excerpts:
-            try:
-                whole = audio_seconds(root / excerpt.path)
-            except AudioError as error:
-                raise CelError(f"{root / excerpt.path} cannot be read as audio ({error}); leave it out") from None
-            durations[place] += min(whole, excerpt.end_seconds or whole) - excerpt.start_seconds
-    return np.minimum(durations[trials.enrol], durations[trials.test])
+    durations = np.array([sum(part.below(root).seconds() for part in parts) for parts in trials.recordings])
+    shorter: NDArray[np.float64] = np.minimum(durations[trials.enrol], durations[trials.test])
+    return shorter
 
 
 def _calibration_report(

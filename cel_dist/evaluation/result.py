@@ -2,7 +2,7 @@
 
 import io
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,9 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cel_dist.back_end import BackEnd
-from cel_dist.data.files import atomic_write
+from cel_dist.data.files import write_files
 from cel_dist.description import Calibration
-from cel_dist.errors import RunError
 from cel_dist.evaluation.bootstrap import LEVEL, Intervals
 from cel_dist.evaluation.diagnostics import DIAGNOSTICS_FILE, PICTURE_FILE
 from cel_dist.evaluation.trials import Trials
@@ -152,7 +151,7 @@ class Evaluation:
             "histogram": (HISTOGRAM_FILE, [histogram]),
             "det_points": (DET_POINTS_FILE, ["".join(points).encode()]),
         }
-        return {**self.write_scores(folder), **_write_files(Path(folder), contents)}
+        return {**self.write_scores(folder), **write_files(Path(folder), contents, "the evaluation")}
 
     def write_scores(self, folder: str | os.PathLike[str]) -> dict[str, Path]:
         """Write `scores.txt` (lines `label enrol test score`) and `embeddings.npz` (`names` [N], `embeddings`).
@@ -172,7 +171,7 @@ class Evaluation:
             "scores": (SCORES_FILE, self._score_lines()),
             "embeddings": (EMBEDDINGS_FILE, [packed.getvalue()]),
         }
-        paths = _write_files(Path(folder), contents)
+        paths = write_files(Path(folder), contents, "the evaluation")
         for name in (DIAGNOSTICS_FILE, PICTURE_FILE):
             (Path(folder) / name).unlink(missing_ok=True)
         return paths
@@ -189,16 +188,3 @@ class Evaluation:
                 gap.join((str(label), files[enrol], files[test], f"{score:.8f}\n"))
                 for label, enrol, test, score in rows
             ).encode()
-
-
-def _write_files(folder: Path, contents: Mapping[str, tuple[str, Iterable[bytes]]]) -> dict[str, Path]:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        for name, pieces in contents.values():
-            with atomic_write(folder / name) as stream:
-                stream.writelines(pieces)
-    except OSError as error:
-        raise RunError(
-            f"cannot write the evaluation to {folder}: {error.strerror}; check space and permissions"
-        ) from error
-    return {kind: folder / name for kind, (name, _) in contents.items()}

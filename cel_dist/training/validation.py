@@ -17,6 +17,7 @@ from cel_dist.errors import RunError
 from cel_dist.evaluation import Evaluation, diagnose, evaluate
 from cel_dist.evaluation.embed import raised_together
 from cel_dist.evaluation.metadata import Metadata
+from cel_dist.evaluation.trials import Trials
 from cel_dist.model import SpeakerModel
 from cel_dist.network import describe
 from cel_dist.training.checkpoint import TrainState
@@ -43,6 +44,7 @@ class Validation:
         self._run_dir: Path = config.run.dir
         self._steps_per_epoch = steps_per_epoch
         self._best: tuple[SpeakerModel, Evaluation | None] | None = None
+        self._metadata_is_read = False
         self._metadata: Metadata | None = None
         self._encoder: nn.Module = new_encoder(config).to(device)
 
@@ -73,11 +75,7 @@ class Validation:
             self._best = (model, None)
             return None
         result = evaluate(model, self._config.eval.trials, self._config.eval.root, world=self._world)
-        table = self._config.eval.metadata
-        with raised_together(self._world):
-            if table is not None and self._metadata is None and self._world.is_main:
-                self._metadata = Metadata.read(table, result.trials.files)
-                self._metadata.check(result.trials)
+        self._read_metadata(result.trials)
         state.evaluated_step = state.step
         if state.step == 0:
             state.first_eer = result.eer
@@ -85,6 +83,16 @@ class Validation:
             state.best_eer, state.best_step = result.eer, state.step
             self._best = (model, result)
         return result
+
+    def _read_metadata(self, trials: Trials) -> None:
+        """What rank 0 needs for diagnostics, once."""
+        if self._config.eval.metadata is None or self._metadata_is_read:
+            return
+        with raised_together(self._world):
+            if self._world.is_main:
+                self._metadata = Metadata.read(self._config.eval.metadata, trials.files)
+                self._metadata.check(trials)
+        self._metadata_is_read = True
 
     def keep_best(self, *, required: bool = False) -> None:
         """Write the model that was evaluated last, if it is the best so far and was not written yet.
