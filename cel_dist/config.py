@@ -107,7 +107,7 @@ class Config(Section):
             )
         for name, value in head:
             if name not in _HEAD_SETTINGS.get(similarity, ()) and value != getattr(HeadSection(), name):
-                raise ValueError(f"head.{name}={value} means nothing to loss.similarity={similarity}; leave it out")
+                raise ValueError(f"head.{name}={value} is not used with loss.similarity={similarity}; leave it out")
         if labels.speeds_are_speakers and not self.classifies:
             raise ValueError(
                 f"labels.speeds_are_speakers=true means nothing to loss.similarity={similarity}, which has no classes; "

@@ -129,10 +129,10 @@ def test_the_contrastive_losses_take_speakers_for_rows(runs):
         ),
         ({"labels": {"use": True, "utterances": 1}}, "2 or more"),
         ({"labels": {"use": True}, "train": {"batch_size": 2}}, "is one speaker"),
-        ({"head": {"margin": 0.3}}, "head.margin=0.3 means nothing"),
+        ({"head": {"margin": 0.3}}, "head.margin=0.3 is not used with"),
         (
             {"labels": {"use": True}, "loss": {"similarity": "softmax"}, "head": {"scale": 20}},
-            "head.scale=20.0 means nothing to loss.similarity=softmax",
+            "head.scale=20.0 is not used with loss.similarity=softmax",
         ),
         (
             {"labels": {"use": True}, "loss": {"similarity": "arcface"}, "head": {"margin": 1.6}},

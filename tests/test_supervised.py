@@ -39,7 +39,7 @@ def labels(num_rows: int = 12) -> Tensor:
     return torch.arange(num_rows) * 7 % CLASSES
 
 
-def close(actual: Tensor | None, expected: Any, tolerance: float = 1e-12) -> None:
+def assert_close(actual: Tensor | None, expected: Any, tolerance: float = 1e-12) -> None:
     assert actual is not None
     torch.testing.assert_close(actual.detach(), torch.as_tensor(expected).detach(), rtol=tolerance, atol=tolerance)
 
@@ -69,13 +69,13 @@ def test_heads_equal_the_published_ones(golden: dict[str, np.ndarray], name: str
     x = torch.tensor(golden[f"cls{case}/x"], requires_grad=True)
     output = head(x, torch.tensor(golden[f"cls{case}/label"]))
     output.loss.backward()
-    close(output.loss, golden[f"{prefix}/loss"], 1e-9)
-    close(x.grad, golden[f"{prefix}/grad"], 1e-9)
-    close(head.weight.grad, gradient, 1e-9)
+    assert_close(output.loss, golden[f"{prefix}/loss"], 1e-9)
+    assert_close(x.grad, golden[f"{prefix}/grad"], 1e-9)
+    assert_close(head.weight.grad, gradient, 1e-9)
     if head.bias is not None:
-        close(head.bias.grad, golden[f"{prefix}/param_grad/fc.bias"], 1e-9)
+        assert_close(head.bias.grad, golden[f"{prefix}/param_grad/fc.bias"], 1e-9)
     if isinstance(head, AdaCos):
-        close(head.scale, golden[f"{prefix}/scale_after"].reshape(1), 1e-9)
+        assert_close(head.scale, golden[f"{prefix}/scale_after"].reshape(1), 1e-9)
 
 
 @pytest.mark.parametrize("head", [CosFace, ArcFace])
@@ -89,8 +89,8 @@ def test_the_nearest_of_several_centres_counts(head: type[ClassificationHead]) -
     right = near.gather(1, y[:, None])
     shifted = right - np.float32(0.3) if head is CosFace else torch.cos(right.acos() + 0.3)
     F.cross_entropy(7.0 * near.scatter(1, y[:, None], shifted), y).backward()
-    close(x.grad, own.grad)
-    close(found.weight.grad, weight.grad)
+    assert_close(x.grad, own.grad)
+    assert_close(found.weight.grad, weight.grad)
     assert ((weight.grad != 0).any(dim=2).sum(dim=1) > 1).any(), "the example must use several centres of a class"
 
 
@@ -102,10 +102,10 @@ def test_without_margin_there_is_only_a_scale_and_it_may_come_later(head: type[C
     found.margin = 0.0
     scores = cosines(x, found.weight)
     plain = found(x, y)
-    close(plain.loss, F.cross_entropy(3.0 * scores, y))
+    assert_close(plain.loss, F.cross_entropy(3.0 * scores, y))
     assert with_margin.loss > plain.loss + 0.1
     assert plain.accuracy == with_margin.accuracy
-    close(plain.accuracy, (scores.argmax(dim=1) == y).double().mean())
+    assert_close(plain.accuracy, (scores.argmax(dim=1) == y).double().mean())
 
 
 def test_arcface_goes_on_where_the_angle_would_pass_pi() -> None:
@@ -124,12 +124,12 @@ def test_arcface_goes_on_where_the_angle_would_pass_pi() -> None:
         losses.append(math.log1p(wrong))
         slopes.append(scale * wrong / (1 + wrong) * (math.cos(angle) - at_angle))
     found = [head(row[None], torch.tensor([0])).loss for row in x]
-    close(torch.stack(found), torch.tensor(losses, dtype=torch.float64))
+    assert_close(torch.stack(found), torch.tensor(losses, dtype=torch.float64))
     torch.stack(found).sum().backward()
     assert x.grad is not None
     tangents = torch.stack([-angles.sin(), angles.cos()], dim=1)
     # At 0 itself the way around is as long on both sides: the cosine has no derivative there.
-    close((x.grad * tangents).sum(dim=1)[1:], torch.tensor(slopes, dtype=torch.float64)[1:], 1e-9)
+    assert_close((x.grad * tangents).sum(dim=1)[1:], torch.tensor(slopes, dtype=torch.float64)[1:], 1e-9)
     assert x.grad.isfinite().all()
 
 
@@ -152,7 +152,7 @@ def test_the_scale_of_adacos_follows_the_batch_in_training_only() -> None:
     loss = head(x, y).loss
     assert abs(expected - first) > 0.1
     assert float(head.scale) == pytest.approx(expected, rel=1e-6)
-    close(loss, F.cross_entropy(expected * scores, y), 1e-6)
+    assert_close(loss, F.cross_entropy(expected * scores, y), 1e-6)
     other = AdaCos(DIM, CLASSES)
     other.load_state_dict(head.state_dict())
     assert other.scale == head.scale
@@ -175,9 +175,9 @@ def test_softmax_and_adacos_take_a_margin_and_a_scale_too() -> None:
     right = F.one_hot(y, CLASSES)
     softmax = Softmax(DIM, CLASSES, margin=0.5, scale=3.0, seed=1).double()
     logits = 3.0 * (x @ softmax.weight.T + softmax.bias - 0.5 * right)
-    close(softmax(x, y).loss, F.cross_entropy(logits, y))
+    assert_close(softmax(x, y).loss, F.cross_entropy(logits, y))
     adacos = AdaCos(DIM, CLASSES, margin=0.5, scale=4.0, seed=1).double().eval()
-    close(adacos(x, y).loss, F.cross_entropy(4.0 * (cosines(x, adacos.weight) - 0.5 * right), y))
+    assert_close(adacos(x, y).loss, F.cross_entropy(4.0 * (cosines(x, adacos.weight) - 0.5 * right), y))
     adacos.train()(x, y)
     assert float(adacos.scale) != 4.0
 
@@ -188,7 +188,7 @@ def test_all_views_of_a_row_are_of_its_class() -> None:
     flat = x.flatten(0, 1)
     y = labels(6)
     for one, other in zip(head(x, y), head(flat, y.repeat_interleave(3)), strict=True):
-        close(one, other)
+        assert_close(one, other)
 
 
 def test_bf16_embeddings_are_computed_in_fp32_under_autocast() -> None:
@@ -197,7 +197,7 @@ def test_bf16_embeddings_are_computed_in_fp32_under_autocast() -> None:
     with torch.autocast("cpu", dtype=torch.bfloat16):
         output = head(x, labels())
     assert output.loss.dtype == torch.float32
-    close(output.loss.double(), head.double()(x.double(), labels()).loss, 1e-6)
+    assert_close(output.loss.double(), head.double()(x.double(), labels()).loss, 1e-6)
 
 
 @pytest.mark.parametrize("head", [Softmax, ArcFace])
@@ -259,7 +259,7 @@ def test_what_needs_no_gradient_gets_none(number: int) -> None:
     inputs[number].requires_grad_(False)
     head(x, labels()).loss.backward()
     assert inputs[number].grad is None
-    close(inputs[1 - number].grad, whole[1 - number])
+    assert_close(inputs[1 - number].grad, whole[1 - number])
     with torch.no_grad():
         assert not head(x, labels()).loss.requires_grad
 
@@ -342,17 +342,17 @@ def test_the_supervised_loss_is_the_weighted_sum_of_its_terms(views: int) -> Non
     x, y = rows(5, views), torch.randperm(5)
     output = loss(x, y)
     classified, spread = head(x, y), uniformity(x, t=1.5)
-    close(output.loss, 0.7 * classified.loss + 0.3 * spread)
-    close(output.similarity, classified.loss)
-    close(output.uniformity, spread)
-    close(output.accuracy, classified.accuracy)
+    assert_close(output.loss, 0.7 * classified.loss + 0.3 * spread)
+    assert_close(output.similarity, classified.loss)
+    assert_close(output.uniformity, spread)
+    assert_close(output.accuracy, classified.accuracy)
     z = F.normalize(x, dim=-1).detach()
     squares = [(z[:, u] - z[:, v]).square().sum(dim=-1).mean() for u in range(views) for v in range(u)]
-    close(output.alignment, sum(squares) / len(squares) if squares else 0.0 * z.sum())
+    assert_close(output.alignment, sum(squares) / len(squares) if squares else 0.0 * z.sum())
     gradients = torch.autograd.grad(output.loss, [x, head.weight])
     expected = torch.autograd.grad(0.7 * classified.loss + 0.3 * spread, [x, head.weight])
     for one, other in zip(gradients, expected, strict=True):
-        close(one, other)
+        assert_close(one, other)
     assert not any(value.requires_grad for value in output[1:])
     loss.clamp_scale()
 
@@ -364,7 +364,7 @@ def test_a_term_of_weight_zero_is_reported_and_has_no_gradient(lambda_s: float, 
     output = SupervisedLoss(head, lambda_s=lambda_s, lambda_u=lambda_u)(x, y)
     output.loss.backward()
     (expected,) = torch.autograd.grad(head(x, y).loss if lambda_s else uniformity(x), x)
-    close(x.grad, expected)
+    assert_close(x.grad, expected)
     assert (head.weight.grad is None) == (lambda_s == 0)
     assert output.similarity != 0
     assert output.uniformity != 0
@@ -377,4 +377,4 @@ def test_segments_of_one_speaker_are_no_negatives_of_each_other() -> None:
     z = F.normalize(x[:, 0], dim=-1)
     pairs = [(i, j) for i in range(4) for j in range(i) if y[i] != y[j]]
     mean = torch.stack([(-2 * (z[i] - z[j]).square().sum()).exp() for i, j in pairs]).mean()
-    close(output.uniformity, mean.log())
+    assert_close(output.uniformity, mean.log())
