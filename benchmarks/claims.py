@@ -6,7 +6,8 @@ fine-tuning from random weights.
 `--shared` is a folder with `data/` in it: `corpus/`, `train_labelled.txt`, `noise/`, `rir/` and the test lists. Every
 arm is trained with each seed on the same budget (`claims.yaml`, `claims_finetuning.yaml`), the last model is kept, and
 the test lists are scored once, at the end: they choose nothing. What is there already is not done again, so that the
-command goes on where it was interrupted. Writes claims.json and .md to `--results`.
+command goes on where it was interrupted. Writes claims.json and .md to `--results`; what people have to say about the
+numbers, in claims_notes.md there, becomes the end of the page.
 """
 
 import argparse
