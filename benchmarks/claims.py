@@ -3,9 +3,9 @@ fine-tuning from random weights.
 
     .venv/bin/python benchmarks/claims.py --shared ../shared --out runs/claims
 
-`--shared` is a folder with `data/` in it: `corpus/`, `train_labelled.txt`, `noise/`, `rir/` and the test lists. Every
+`--shared` is a folder with `data/` in it: `corpus/`, `train_labelled.txt` and the test lists. Every
 arm is trained with each seed on the same budget (`claims.yaml`, `claims_finetuning.yaml`), the last model is kept, and
-the test lists are scored once, at the end: they choose nothing. What is there already is not done again, so that the
+the test lists are scored once, at the end: they choose no model. What is there already is not done again, so that the
 command goes on where it was interrupted. Writes claims.json and .md to `--results`; what people have to say about the
 numbers, in claims_notes.md there, becomes the end of the page.
 """
@@ -28,7 +28,6 @@ import numpy as np
 
 from cel_dist.config_file import load_config
 from cel_dist.data.prepare import prepare
-from cel_dist.data.prepare_bank import prepare_bank
 from cel_dist.distributed import let_idle_threads_sleep
 from cel_dist.errors import CelError, RunError
 
@@ -56,7 +55,7 @@ class Arm:
 
 
 def _pretraining(name: str, title: str, similarity: str, *settings: str) -> Arm:
-    shards = ("data.shards={out}/shards", "data.bank={out}/bank", f"loss.similarity={similarity}")
+    shards = ("data.shards={out}/shards", f"loss.similarity={similarity}")
     short = "a-prot" if similarity == "angular_prototypical" else "a-cont"
     return Arm(name, title, shards + settings, None if name == short else short)
 
@@ -117,7 +116,7 @@ def main() -> int:
 
 
 def make_data(data: Path, out: Path, num_seeds: int) -> None:
-    """Shards without labels, with all of them, and for each seed with a tenth, and the bank."""
+    """Shards without labels, with all of them, and for each seed with a tenth."""
     out.mkdir(parents=True, exist_ok=True)
     labelled = [line.split() for line in (data / "train_labelled.txt").read_text().splitlines()]
     lists = {"shards": [path for path, _ in labelled], "labelled": [path for path, _ in labelled]}
@@ -128,7 +127,6 @@ def make_data(data: Path, out: Path, num_seeds: int) -> None:
         chosen.write_text("".join(f"{path}\n" for path in paths))
         labels = data / "train_labelled.txt" if name.startswith("labelled") else None
         prepare(data / "corpus", out / name, list_file=chosen, labels=labels)
-    prepare_bank(data, out / "bank")
 
 
 def tenth(labelled: list[list[str]], seed: int) -> list[str]:
@@ -195,7 +193,7 @@ def write(options: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
         f"Written by `benchmarks/claims.py`; {machine}, a process with a thread a run; "
         f"{', '.join(f'{name} {number}' for name, number in versions.items())}. {options.seeds} seeds an arm: means "
         "and standard deviations over the seeds. Differences are between runs of the same seed; below 0 the claim "
-        "holds. The test lists were scored once, from the last model, and chose nothing.",
+        "holds. The test lists were scored once, from the last model, and chose none.",
     ]
     for name, text in zip(ARMS, (_told_pretraining, _told_finetuning), strict=True):
         lines += ["", *text(configs[name], report["untrained_eer"]), "", *table(name, rows)]

@@ -124,10 +124,11 @@ def measure(name: str, small: bool) -> dict[str, float]:
 
 
 def table(report: dict) -> str:
+    state = f" {report['state']}" if report["state"] else ""
     lines = [
         "# Scores and error rates at size",
         "",
-        f"Written by `benchmarks/metrics.py` on {report['where']}. {report['state']} Seconds are medians of "
+        f"Written by `benchmarks/metrics.py` on {report['where']}.{state} Seconds are medians of "
         f"{report['turns']} runs, each in a process of its own (range in brackets), core seconds what they took of all "
         "cores. Peak is that of the process, Python, numpy, torch and the arrays that it was given included.",
         "",

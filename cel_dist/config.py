@@ -110,7 +110,7 @@ class Config(Section):
                 raise ValueError(f"head.{name}={value} is not used with loss.similarity={similarity}; leave it out")
         if labels.speeds_are_speakers and not self.classifies:
             raise ValueError(
-                f"labels.speeds_are_speakers=true means nothing to loss.similarity={similarity}, which has no classes; "
+                f"labels.speeds_are_speakers=true is not used with loss.similarity={similarity}, which has no classes; "
                 "leave it out"
             )
         if labels.speeds_are_speakers and len(self.augment.speeds) < 2:
@@ -125,7 +125,7 @@ class Config(Section):
             )
         if self.optim.head_lr is not None and similarity == "prototypical":
             raise ValueError(
-                f"optim.head_lr={self.optim.head_lr} means nothing to loss.similarity={similarity}, which learns "
+                f"optim.head_lr={self.optim.head_lr} is not used with loss.similarity={similarity}, which learns "
                 "nothing itself; leave it out"
             )
         if similarity == "arcface" and head.margin >= math.pi / 2:

@@ -148,7 +148,7 @@ def test_the_contrastive_losses_take_speakers_for_rows(runs):
         ),
         (
             {"labels": {"use": True, "speeds_are_speakers": True}, "augment": {"profile": 0, "speeds": [0.9, 1.0]}},
-            "speeds_are_speakers=true means nothing to loss.similarity=angular_prototypical",
+            "speeds_are_speakers=true is not used with loss.similarity=angular_prototypical",
         ),
         (
             {"labels": {"use": True}, "loss": {"similarity": "softmax", "lambda_s": 0}},

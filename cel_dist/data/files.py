@@ -40,7 +40,7 @@ def write_files(folder: Path, contents: Mapping[str, tuple[str, Iterable[bytes]]
     Args:
         folder: where to.
         contents: by kind, the name of the file and the pieces of its content.
-        what: they are together, for the message.
+        what: what they are together, for the message.
 
     Returns:
         Their paths by kind.

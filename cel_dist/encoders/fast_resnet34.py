@@ -3,9 +3,10 @@
 import torch
 from torch import Tensor, nn
 
+from cel_dist.encoders.initialisation import initialise_convolutions
 from cel_dist.encoders.pooling import build_pooling
 from cel_dist.encoders.registry import register_encoder
-from cel_dist.encoders.residual import initialise_convolutions, residual_stages, shortcut
+from cel_dist.encoders.residual import residual_stages, shortcut
 
 # Channels, blocks, stride of the first block.
 _STAGES = ((16, 3, 1), (32, 4, 2), (64, 6, 2), (128, 3, 1))

@@ -1,4 +1,4 @@
-"""What the residual networks share: a chain of stages, the way around a block, and how convolutions begin."""
+"""What the residual networks share: a chain of stages, and the way around a block."""
 
 from collections.abc import Callable, Iterable
 
@@ -29,11 +29,3 @@ def shortcut(in_channels: int, channels: int, stride: int) -> nn.Module:
     if stride == 1 and in_channels == channels:
         return nn.Identity()
     return nn.Sequential(nn.Conv2d(in_channels, channels, 1, stride=stride, bias=False), nn.BatchNorm2d(channels))
-
-
-def initialise_convolutions(network: nn.Module) -> None:
-    """Draw the weights of all its 2D convolutions by He et al. 2015 (arXiv 1502.01852, section 2.2), scaled for the
-    gradient."""
-    for module in network.modules():
-        if isinstance(module, nn.Conv2d):
-            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")

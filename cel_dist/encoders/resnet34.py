@@ -3,9 +3,10 @@
 import torch
 from torch import Tensor, nn
 
+from cel_dist.encoders.initialisation import initialise_convolutions
 from cel_dist.encoders.pooling import build_pooling
 from cel_dist.encoders.registry import register_encoder
-from cel_dist.encoders.residual import initialise_convolutions, residual_stages, shortcut
+from cel_dist.encoders.residual import residual_stages, shortcut
 
 # Channels, blocks, stride of the first block.
 _STAGES = ((32, 3, 1), (64, 4, 2), (128, 6, 2), (256, 3, 2))
@@ -47,9 +48,10 @@ class ResNet34(nn.Module):
         self.stem = nn.Conv2d(1, channels, 3, padding=1, bias=False)
         self.stem_norm = nn.BatchNorm2d(channels)
         self.stages = residual_stages(BasicBlock, channels, _STAGES)
+        num_bands = num_mels
         for _, _, stride in _STAGES:
-            num_mels = -(-num_mels // stride)
-        self.pooling, pooled_channels = build_pooling(pooling, _STAGES[-1][0] * num_mels)
+            num_bands = -(-num_bands // stride)
+        self.pooling, pooled_channels = build_pooling(pooling, _STAGES[-1][0] * num_bands)
         self.projection = nn.Linear(pooled_channels, embedding_dim)
         initialise_convolutions(self)
 

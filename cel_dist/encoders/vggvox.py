@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor, nn
 
+from cel_dist.encoders.initialisation import initialise_convolutions
 from cel_dist.encoders.pooling import build_pooling
 from cel_dist.encoders.registry import register_encoder
 from cel_dist.errors import CelError
@@ -65,9 +66,7 @@ class VggVox(nn.Module):
         self.fc6 = ConvLayer(256, _LAST_CHANNELS, (_bands_left(num_mels), 1), padding=(0, 0))
         self.pooling, pooled_channels = build_pooling(pooling, _LAST_CHANNELS)
         self.fc7 = nn.Linear(pooled_channels, embedding_dim)
-        for module in self.modules():
-            if isinstance(module, nn.Conv2d):
-                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+        initialise_convolutions(self)
 
     def forward(self, features: Tensor) -> Tensor:
         """Embed features [B, M, F] as [B, embedding_dim], in the dtype of autocast, else in that of the parameters."""
