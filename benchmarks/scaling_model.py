@@ -82,12 +82,13 @@ def wide_encoder() -> Encoder:
 
 
 def _wide() -> nn.Module:
-    channels = fast_resnet34._CHANNELS
-    fast_resnet34._CHANNELS = WIDE_CHANNELS
+    stages = fast_resnet34._STAGES
+    wide = [(channels, *rest) for channels, (_, *rest) in zip(WIDE_CHANNELS, stages, strict=True)]
+    fast_resnet34._STAGES = tuple(wide)
     try:
         return fast_resnet34.FastResNet34(DIM)
     finally:
-        fast_resnet34._CHANNELS = channels
+        fast_resnet34._STAGES = stages
 
 
 def _described(name: str, module: nn.Module) -> Encoder:
