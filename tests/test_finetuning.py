@@ -154,7 +154,7 @@ def test_the_contrastive_losses_take_speakers_for_rows(runs):
             {"labels": {"use": True}, "loss": {"similarity": "softmax", "lambda_s": 0}},
             "leaves the class weights as they are drawn",
         ),
-        ({"loss": {"similarity": "prototypical"}, "optim": {"head_lr": 0.01}}, "head_lr=0.01 means nothing"),
+        ({"loss": {"similarity": "prototypical"}, "optim": {"head_lr": 0.01}}, "head_lr=0.01 is not used with"),
     ],
 )
 def test_settings_that_cannot_work_together_are_named(sections, complaint):
