@@ -57,7 +57,8 @@ class Excerpt:
             whole = audio_seconds(Path(self.path))
         except AudioError as error:
             raise _unreadable(self.path, error) from None
-        return min(whole, self.end_seconds or whole) - self.start_seconds
+        end = whole if self.end_seconds is None else min(whole, self.end_seconds)
+        return end - self.start_seconds
 
 
 Audio: TypeAlias = str | os.PathLike[str] | Excerpt | NDArray[Any] | Tensor
