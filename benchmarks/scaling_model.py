@@ -78,17 +78,13 @@ def shipped_encoder() -> Encoder:
 
 def wide_encoder() -> Encoder:
     """The same with 3.75 times the filters."""
-    return _described("3.75 times as wide", _wide())
+    return _described("3.75 times as wide", _Wide(DIM))
 
 
-def _wide() -> nn.Module:
-    stages = fast_resnet34._STAGES
-    wide = [(channels, *rest) for channels, (_, *rest) in zip(WIDE_CHANNELS, stages, strict=True)]
-    fast_resnet34._STAGES = tuple(wide)
-    try:
-        return fast_resnet34.FastResNet34(DIM)
-    finally:
-        fast_resnet34._STAGES = stages
+class _Wide(fast_resnet34.FastResNet34):
+    layout = tuple(
+        (channels, *rest) for channels, (_, *rest) in zip(WIDE_CHANNELS, fast_resnet34.FastResNet34.layout, strict=True)
+    )
 
 
 def _described(name: str, module: nn.Module) -> Encoder:
@@ -101,7 +97,7 @@ def flops() -> dict[str, float]:
     """Operations, counted: forward and backward of an utterance in both encoders; of a pair and dimension in the "
     "loss."""
     found = {}
-    for encoder, module in ((shipped_encoder(), fast_resnet34.FastResNet34(DIM)), (wide_encoder(), _wide())):
+    for encoder, module in ((shipped_encoder(), fast_resnet34.FastResNet34(DIM)), (wide_encoder(), _Wide(DIM))):
         with FlopCounterMode(display=False) as counter:
             module(torch.zeros(VIEWS, 40, FRAMES)).sum().backward()
         found[encoder.name] = float(counter.get_total_flops())

@@ -1,5 +1,8 @@
 """Fast ResNet-34: the published encoder of CEL."""
 
+from collections.abc import Sequence
+from typing import ClassVar
+
 import torch
 from torch import Tensor, nn
 
@@ -8,8 +11,6 @@ from cel_dist.encoders.pooling import build_pooling
 from cel_dist.encoders.registry import register_encoder
 from cel_dist.encoders.residual import residual_stages, shortcut
 
-# Channels, blocks, stride of the first block.
-_STAGES = ((16, 3, 1), (32, 4, 2), (64, 6, 2), (128, 3, 1))
 _REDUCTION = 8
 
 
@@ -62,14 +63,17 @@ class FastResNet34(nn.Module):
     torch.Size([2, 512])
     """
 
+    # Channels, blocks, stride of the first block. A variant overrides it.
+    layout: ClassVar[Sequence[tuple[int, int, int]]] = ((16, 3, 1), (32, 4, 2), (64, 6, 2), (128, 3, 1))
+
     def __init__(self, embedding_dim: int = 512, *, pooling: str = "sap", num_mels: int = 40) -> None:
         super().__init__()
         self.embedding_dim = embedding_dim
-        channels = _STAGES[0][0]
+        channels = self.layout[0][0]
         self.stem = nn.Conv2d(1, channels, 7, stride=(2, 1), padding=3, bias=False)
         self.stem_norm = nn.BatchNorm2d(channels)
-        self.stages = residual_stages(ResidualBlock, channels, _STAGES)
-        self.pooling, pooled_channels = build_pooling(pooling, _STAGES[-1][0])
+        self.stages = residual_stages(ResidualBlock, channels, self.layout)
+        self.pooling, pooled_channels = build_pooling(pooling, self.layout[-1][0])
         self.projection = nn.Linear(pooled_channels, embedding_dim)
         initialise_convolutions(self)
 

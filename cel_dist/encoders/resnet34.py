@@ -1,5 +1,8 @@
 """ResNet-34 with 32 to 256 filters, over the spectrogram as a picture."""
 
+from collections.abc import Sequence
+from typing import ClassVar
+
 import torch
 from torch import Tensor, nn
 
@@ -7,9 +10,6 @@ from cel_dist.encoders.initialisation import initialise_convolutions
 from cel_dist.encoders.pooling import build_pooling
 from cel_dist.encoders.registry import register_encoder
 from cel_dist.encoders.residual import residual_stages, shortcut
-
-# Channels, blocks, stride of the first block.
-_STAGES = ((32, 3, 1), (64, 4, 2), (128, 6, 2), (256, 3, 2))
 
 
 class BasicBlock(nn.Module):
@@ -41,17 +41,20 @@ class ResNet34(nn.Module):
     torch.Size([2, 256])
     """
 
+    # Channels, blocks, stride of the first block. A variant overrides it.
+    layout: ClassVar[Sequence[tuple[int, int, int]]] = ((32, 3, 1), (64, 4, 2), (128, 6, 2), (256, 3, 2))
+
     def __init__(self, embedding_dim: int = 512, *, pooling: str = "stats", num_mels: int = 40) -> None:
         super().__init__()
         self.embedding_dim = embedding_dim
-        channels = _STAGES[0][0]
+        channels = self.layout[0][0]
         self.stem = nn.Conv2d(1, channels, 3, padding=1, bias=False)
         self.stem_norm = nn.BatchNorm2d(channels)
-        self.stages = residual_stages(BasicBlock, channels, _STAGES)
+        self.stages = residual_stages(BasicBlock, channels, self.layout)
         num_bands = num_mels
-        for _, _, stride in _STAGES:
+        for _, _, stride in self.layout:
             num_bands = -(-num_bands // stride)
-        self.pooling, pooled_channels = build_pooling(pooling, _STAGES[-1][0] * num_bands)
+        self.pooling, pooled_channels = build_pooling(pooling, self.layout[-1][0] * num_bands)
         self.projection = nn.Linear(pooled_channels, embedding_dim)
         initialise_convolutions(self)
 
