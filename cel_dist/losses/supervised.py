@@ -172,9 +172,7 @@ class _FixedScaleHead(ClassificationHead):
             seed=seed,
             matmul=matmul,
         )
-        if not 0 < scale < math.inf:
-            raise CelError(f"the scale of the head is {scale}; give a finite number above 0")
-        self.scale = scale
+        self.scale = _usable_scale(scale)
 
     def scalars(self) -> dict[str, float]:
         """Margin and scale."""
@@ -274,9 +272,7 @@ class AdaCos(ClassificationHead):
         if classes < 3:
             raise CelError(f"AdaCos has {classes} classes; it adapts nothing below 3, use ArcFace or CosFace")
         first = math.sqrt(2) * math.log(classes - 1) if scale is None else scale
-        if not 0 < first < math.inf:
-            raise CelError(f"the scale of the head is {scale}; give a finite number above 0")
-        self.register_buffer("scale", torch.tensor([first]))
+        self.register_buffer("scale", torch.tensor([_usable_scale(first)]))
 
     def scalars(self) -> dict[str, float]:
         """The scale."""
@@ -369,3 +365,9 @@ class SupervisedLoss(nn.Module):
 
     def clamp_scale(self) -> None:
         """Nothing is to be kept in its range: what a head learns may have any value."""
+
+
+def _usable_scale(scale: float) -> float:
+    if not 0 < scale < math.inf:
+        raise CelError(f"the scale of the head is {scale}; give a finite number above 0")
+    return scale
