@@ -8,7 +8,7 @@ import typer
 
 from cel_dist.cli.app import JsonOption, emit, models_app
 from cel_dist.cli.progress import progress_bar
-from cel_dist.errors import CelError
+from cel_dist.errors import CelError, RunError
 
 if TYPE_CHECKING:
     from cel_dist.tracking.catalogue import Version
@@ -173,7 +173,7 @@ def delete(
         if not sys.stdin.isatty():
             raise CelError(f"nobody can be asked whether to delete {found.uri}; add --yes")
         if not typer.confirm(f"Delete {found.uri} of {found.created}?", err=True):
-            raise typer.Abort
+            raise RunError(f"{found.uri} was not deleted")
     left = delete_version(name, version, tracking_uri, force=force)
     stays = f"models:/{found.model_id}" if found.model_id else None
     text = f"deleted {found.uri}; "

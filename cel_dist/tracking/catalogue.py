@@ -187,17 +187,15 @@ def delete_version(name: str, version: int, tracking_uri: str | None = None, *, 
         CelError: there is no such version, or it holds an alias.
         RunError: MLflow failed.
     """
+    where = resolve_uri(tracking_uri)
     found = find_version(f"{name}/{version}", tracking_uri)
     if found.aliases and not force:
         raise CelError(
-            f"models:/{name}/{version} is '{found.aliases[0]}', which others may use; promote another version first, "
-            "or add --force"
+            f"{found.uri} is '{found.aliases[0]}', which others may use; promote another version first, or add --force"
         )
-    where = resolve_uri(tracking_uri)
-    with (
-        looking_up(found.uri, where) as client,
-        mlflow_errors(RunError, f"cannot delete {found.uri} at {redacted(where)}", _AGAIN),
-    ):
+    with looking_up(found.uri, where) as client:
+        pass
+    with mlflow_errors(RunError, f"cannot delete {found.uri} at {redacted(where)}", _AGAIN):
         client.delete_model_version(name, str(version))
         left = version_numbers(client, name)
         if not left:

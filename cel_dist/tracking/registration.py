@@ -32,7 +32,6 @@ REQUIREMENTS = (
     "torchaudio",
     "numpy",
     "pydantic",
-    "pyyaml",
     "safetensors",
     "soundfile",
     "soxr",
