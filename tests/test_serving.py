@@ -79,6 +79,8 @@ def test_utterances_come_in_any_form_and_length(pyfunc: Any, audio: Path, expect
     assert pyfunc.predict([]).shape == (0, 16)
     np.testing.assert_allclose(np.linalg.norm(pyfunc.predict(pyfunc.input_example), axis=1), 1, atol=1e-6)
     assert [len(row) for row in pyfunc.input_example] == [8000, 4800]
+    [column] = pyfunc.metadata.signature.inputs.to_dict()
+    assert (column["type"], column["items"]) == ("array", {"type": "double"})
 
 
 @pytest.mark.parametrize(
