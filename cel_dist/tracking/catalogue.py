@@ -21,6 +21,7 @@ from cel_dist.tracking.registry import (
     fetch_model,
     looking_up,
     model_entry,
+    stored_id,
     version_entries,
     version_entry,
     version_numbers,
@@ -225,7 +226,7 @@ def _version(entry: Any, model: Any) -> Version:
         aliases=tuple(sorted(alias for alias, held in model.aliases.items() if int(held) == number)),
         created=datetime.fromtimestamp(entry.creation_timestamp / 1000, timezone.utc).isoformat(timespec="seconds"),
         run_id=entry.run_id or None,
-        model_id=getattr(entry, "model_id", None) or None,
+        model_id=stored_id(entry),
         tags=dict(entry.tags),
         card=entry.description or "",
     )

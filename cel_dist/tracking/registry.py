@@ -89,11 +89,17 @@ def _model_id(client: Any, match: re.Match[str]) -> str:
             raise CelError(f"run {match['run']} has no model; let its training end, or name another run")
         return str(max(named, key=lambda model: model.creation_timestamp).model_id)
     found = version_entry(client, match["name"], alias=match["alias"], version=match["version"])
-    # Versions that were not registered from a logged model have a path of a run here.
-    source = _MODEL_URI.match(found.source)
-    if source is None or not source["id"]:
+    model_id = stored_id(found)
+    if model_id is None:
         raise CelError("it is another kind of model, not logged by cel_dist; name a model of this project")
-    return source["id"]
+    return model_id
+
+
+def stored_id(entry: Any) -> str | None:
+    """The id of the stored model that an entry of a version is of; None where it was not registered from one."""
+    # Its own field `model_id` is not filled by databases. Others have a path of a run as their source.
+    source = _MODEL_URI.match(entry.source)
+    return None if source is None else source["id"]
 
 
 def version_entry(client: Any, name: str, *, alias: str | None = None, version: str | None = None) -> Any:
