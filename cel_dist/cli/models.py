@@ -101,7 +101,9 @@ def promote(
     if (if_better_on is None) != (root is None):
         raise CelError("--if-better-on TRIALS and --root DIR belong together; give both, or neither")
     with progress_bar("Embedding") as progress:
-        done = catalogue.promote(name, version, alias, tracking_uri, trials=if_better_on, root=root, progress=progress)
+        done = catalogue.promote(
+            name, version, alias, tracking_uri, trials=if_better_on, root=root or Path(), progress=progress
+        )
     text = f"'{alias}' of {name} is version {version}"
     if done.former == version:
         text += ", as before"

@@ -130,7 +130,7 @@ def promote(
     tracking_uri: str | None = None,
     *,
     trials: Path | None = None,
-    root: Path | None = None,
+    root: Path = Path(),
     progress: Progress | None = None,
 ) -> Promotion:
     """Give an alias to a version; with a list of trials, only if its EER there is lower than that of the holder.
@@ -153,7 +153,7 @@ def promote(
         former = _holder(client, name, alias)
         version_entry(client, name, version=str(version))
     measured: list[float] = []
-    if trials is not None and root is not None and former not in (None, version):
+    if trials is not None and former not in (None, version):
         listed = Trials.read(trials)
         for number in (version, former):
             folder = fetch_model(f"models:/{name}/{number}", tracking_uri)

@@ -79,7 +79,9 @@ def register_model(
         remedy = "start the server, or give another address"
         with mlflow_errors(CelError, f"cannot use MLflow at {redacted(where)}", remedy):
             client = connect(where)
-            model_id, run_id, place = None, None, ""
+            model_id: str | None = None
+            run_id: str | None = None
+            place = ""
             if is_mlflow_uri(source):
                 model_id = find_model_id(client, str(source))
             else:
