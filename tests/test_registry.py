@@ -1,5 +1,6 @@
 """`cel models` against a database in a file: what becomes of models, and what versions carry."""
 
+import io
 import json
 import shutil
 from collections.abc import Callable
@@ -165,20 +166,37 @@ def test_an_alias_moves_only_to_a_better_model_if_that_is_demanded(cel: Cel, reg
     assert "it has [1, 2, 3, 4]" in refused(cel("promote", "cel", 9))
 
 
-def test_a_version_that_holds_an_alias_is_deleted_only_by_force(cel: Cel, registry: str, place: Path) -> None:
+class Terminal(io.StringIO):
+    """Standard input with somebody at it."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+def test_a_version_that_holds_an_alias_is_deleted_only_by_force(
+    cel: Cel, registry: str, place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for _ in range(2):
         register_model(place / "good", "cel")
     assert "add --yes" in refused(cel("delete", "cel", 2))
+    for said, code in (("n\n", 1), ("y\n", 0)):
+        monkeypatch.setattr("sys.stdin", Terminal(said))
+        done = cel("delete", "cel", 2, "--json")
+        assert (done[0], "Delete models:/cel/2 of 20" in done[2]) == (code, True)
+    assert json.loads(done[1])["versions_left"] == [1]
+    monkeypatch.undo()
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", registry)
+    register_model(place / "good", "cel")
     assert "models:/cel/1 is 'champion'" in refused(cel("delete", "cel", 1, "--yes"))
     gone = told(cel("delete", "cel", 1, "--yes", "--force", "--json"))
-    assert (gone["deleted"], gone["versions_left"]) == ("models:/cel/1", [2])
+    assert (gone["deleted"], gone["versions_left"]) == ("models:/cel/1", [3])
     # The stored model is still there, and can come back.
-    assert told(cel("register", gone["stored_model"], "--name", "cel", "--json"))["version"] == 3
-    assert told(cel("delete", "cel", 3, "--yes", "--json"))["versions_left"] == [2]
-    _, text, _ = cel("delete", "cel", 2, "--yes")
+    assert told(cel("register", gone["stored_model"], "--name", "cel", "--json"))["version"] == 4
+    assert told(cel("delete", "cel", 4, "--yes", "--json"))["versions_left"] == [3]
+    _, text, _ = cel("delete", "cel", 3, "--yes")
     assert "'cel' is gone, too" in text
     assert told(cel("list", "--json"))["versions"] == []
-    assert "there is no model 'cel'" in refused(cel("delete", "cel", 2, "--yes"))
+    assert "there is no model 'cel'" in refused(cel("delete", "cel", 3, "--yes"))
 
 
 def test_a_model_is_pulled_whole_or_not_at_all(
