@@ -186,9 +186,8 @@ def add_version(client: Any, uri: str, model_id: str, name: str, description: Mo
 def _pack(model_folder: Path, packed: Path, model_id: str, run_id: str | None, example: list[list[float]]) -> None:
     import mlflow
 
-    # It would tell that rows are not looked at sample by sample, which is on purpose.
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    # It would tell that rows are not looked at sample by sample, which is on purpose; past any filter, so it is caught.
+    with warnings.catch_warnings(record=True):
         mlflow.pyfunc.save_model(
             packed,
             mlflow_model=mlflow.models.Model(run_id=run_id, model_id=model_id),
