@@ -20,12 +20,14 @@ import pytest
 import torch
 from stores import postgres
 
+from cel_dist.cli.app import run
 from cel_dist.data.audio import encode_audio
 from cel_dist.description import EncoderDescription, ModelDescription
 from cel_dist.distributed import free_port
 from cel_dist.encoders import build_encoder
 from cel_dist.model import SpeakerModel, load_model
 from cel_dist.tracking import fetch_model
+from cel_dist.tracking.catalogue import delete_version, list_versions, promote
 from cel_dist.tracking.registration import REQUIREMENTS, register_model
 
 WAVES = [np.random.default_rng(length).normal(0, 0.1, length).astype(np.float32) for length in (8000, 5000, 1600)]
@@ -208,16 +210,17 @@ def answer(address: str, rows: Any) -> tuple[int, dict[str, Any]]:
 def cel(folder: Path, uri: str, *arguments: str) -> dict[str, Any]:
     """A `cel models` of its own, in a folder of its own; its object."""
     folder.mkdir()
-    environment = {**os.environ, "MLFLOW_TRACKING_URI": uri, "CEL_CACHE": str(folder / "cache")}
     command = [sys.executable, "-m", "cel_dist", "models", *arguments, "--json"]
+    environment = {**os.environ, "MLFLOW_TRACKING_URI": uri}
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
+    assert (done.returncode, done.stderr) == (0, "")
     return json.loads(done.stdout)
 
 
 def test_a_model_goes_through_a_server_on_postgresql_to_another_process_and_is_served(
-    tmp_path: Path, model_folder: Path, expected: np.ndarray
+    tmp_path: Path, model_folder: Path, expected: np.ndarray, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setenv("CEL_CACHE", str(tmp_path / "cache"))
     pytest.importorskip("psycopg", reason="psycopg is not installed; with pip: psycopg[binary]")
     with postgres("registry", "secret") as database:
         backend = f"postgresql+psycopg://registry:secret@127.0.0.1:{database}/registry"
@@ -225,9 +228,15 @@ def test_a_model_goes_through_a_server_on_postgresql_to_another_process_and_is_s
         with started(tmp_path, "server", *store, path="/health") as uri:
             registered = cel(tmp_path / "one", uri, "register", str(model_folder), "--name", "voices")
             assert (registered["uri"], registered["aliases"]) == ("models:/voices/1", ["champion"])
-            pulled = cel(tmp_path / "two", uri, "pull", "models:/voices@champion", "--out", "model")
-            assert pulled["embedding_dim"] == 16
-            np.testing.assert_array_equal(load_model(tmp_path / "two" / "model").embed(WAVES), expected)
+            out = tmp_path / "pulled"
+            assert run(["models", "pull", "models:/voices@champion", "--out", str(out), "--tracking-uri", uri]) == 0
+            np.testing.assert_array_equal(load_model(out).embed(WAVES), expected)
+            assert register_model("models:/voices/1", "voices", uri) == "models:/voices/2"
+            assert promote("voices", 2, tracking_uri=uri).former == 1
+            assert delete_version("voices", 1, uri) == [2]
+            [left] = list_versions(uri)
+            assert (left.uri, left.aliases) == ("models:/voices/2", ("champion",))
+            assert left.card.startswith("# voices")
             serve = ("models", "serve", "--model-uri", "models:/voices@champion", "--env-manager", "local")
             with started(tmp_path, *serve, path="/ping", MLFLOW_TRACKING_URI=uri) as address:
                 status, found = answer(address, [wave.tolist() for wave in WAVES])

@@ -145,7 +145,7 @@ def input_example(model_folder: Path, sample: NDArray[Any] | None = None) -> lis
     rows: list[list[float]] = [
         np.round(wave[: round(seconds * SAMPLE_RATE)], 5).tolist() for seconds in _EXAMPLE_SECONDS
     ]
-    SpeakerModel.load_folder(model_folder, device="cpu").embed([np.float32(row) for row in rows])
+    SpeakerModel.load_folder(model_folder, device="cpu").embed([np.asarray(row, np.float32) for row in rows])
     return rows
 
 
