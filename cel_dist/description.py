@@ -16,7 +16,8 @@ DESCRIPTION_FILE = "model.json"
 
 _FORMAT = "cel_dist.model"
 _VERSION = 2
-"""1 knew neither back ends nor calibrations with durations. A description of it means the same today."""
+"""1 knew neither back ends nor calibrations with durations. A description of it means the same today. Fields of the
+provenance do not count: they change nothing that is computed, and those that a version does not know it leaves out."""
 
 
 class _Part(BaseModel):
@@ -132,8 +133,23 @@ class BackEndDescription(_Part):
     """Name of the list the arrays come from."""
 
 
+class MeasuredOn(_Part):
+    """The list of trials that error rates are of, and what their intervals rest on."""
+
+    trials: str
+    trials_sha256: str
+    """Which trials these were; the same as that of a calibration on them."""
+    num_trials: int
+    speakers: int | None = None
+    """Speakers that were drawn from for the intervals. None: there are none, because who speaks is not known."""
+    replicates: int | None = None
+    """How often they were."""
+
+
 class Provenance(_Part):
     """Where the weights come from: enough to repeat the training, and what was measured then."""
+
+    model_config = ConfigDict(extra="ignore")
 
     source: str = "cel_dist.train"
     config: dict[str, Any] = Field(default_factory=dict)
@@ -141,6 +157,15 @@ class Provenance(_Part):
     epoch: float | None = None
     utterances: int | None = None
     metrics: dict[str, float] = Field(default_factory=dict)
+    """Error rates on the validation list: `eer`, a fraction, and `min_dcf` at the prior 0.05."""
+    intervals: dict[str, tuple[float, float]] = Field(default_factory=dict)
+    """95 % intervals of `metrics`, for another choice of speakers."""
+    measured_on: MeasuredOn | None = None
+    data_sha256: dict[str, str] = Field(default_factory=dict)
+    """Of the files that say what the data hold: `shards` of `manifest.json`, `bank` of `bank.json`. They name the
+    sha256 of all the rest."""
+    code: str | None = None
+    """As `code_version` says it."""
     versions: dict[str, str] = Field(default_factory=dict)
 
 

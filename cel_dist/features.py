@@ -45,18 +45,21 @@ class LogMel(nn.Module):
     torch.Size([2, 40, 182])
 
     Raises:
-        CelError: torchaudio cannot be imported; the message names the remedy.
+        CelError: torchaudio is not installed.
     """
 
     def __init__(self, num_mels: int = 40) -> None:
         super().__init__()
         try:
             from torchaudio.transforms import MelScale, Spectrogram
-        except (ImportError, OSError) as error:
+        except ImportError as error:
             raise CelError(
-                f"torchaudio cannot be imported ({' '.join(str(error).split())}); with a CPU build of torch run 'make "
-                "install', which sets torchaudio's CUDA libraries (torchaudio/lib/*.so) aside"
+                f"torchaudio cannot be imported ({' '.join(str(error).split())}); install it, in the version of torch"
             ) from error
+        except OSError:
+            # Its wheels are linked with CUDA and do not load beside a CPU build of torch, such as an environment has
+            # that was made of a model's requirements. What is needed of it here needs no native library.
+            from cel_dist.mel import MelScale, Spectrogram
         self.spectrogram = Spectrogram(
             n_fft=_FFT, win_length=_WINDOW, hop_length=HOP, window_fn=torch.hann_window, power=None
         )

@@ -29,6 +29,7 @@ from cel_dist.model_folder import (
     MODEL_FILES,
     WEIGHTS_FILE,
     described,
+    model_folder_of,
     read_back_end,
     read_weights,
     write_model_folder,
@@ -295,26 +296,8 @@ def load_model(source: str | os.PathLike[str], device: str | torch.device | None
     Raises:
         CelError: nothing is there, it is no model, it is damaged, or it was written by a newer version.
     """
-    if str(source).startswith(("models:/", "runs:/")):
-        from cel_dist.tracking import fetch_model
-
-        return SpeakerModel.load_folder(fetch_model(str(source)), device)
-    path = Path(source)
-    if path.is_file():
-        return load_published(path, device)
-    for folder in (path, path / "model"):
-        if (folder / DESCRIPTION_FILE).is_file():
-            return SpeakerModel.load_folder(folder, device)
-    if not path.exists():
-        problem = f"there is no model at {path}"
-    elif checkpoints := sorted(path.glob(f"checkpoints/*/model/{DESCRIPTION_FILE}")):
-        problem = f"the run {path} has no best model yet; its newest checkpoint is {checkpoints[-1].parent.parent}"
-    else:
-        problem = f"{path} holds no {DESCRIPTION_FILE}, neither itself nor in a sub-folder 'model'"
-    raise CelError(
-        f"{problem}; give a run, checkpoint or model folder, a published .model file, or an MLflow URI such as "
-        "models:/cel@champion"
-    )
+    folder = model_folder_of(source)
+    return load_published(source, device) if folder is None else SpeakerModel.load_folder(folder, device)
 
 
 def load_weights(

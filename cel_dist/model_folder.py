@@ -1,14 +1,16 @@
-"""The files of a model. A model folder holds two or three files and no pickles:
+"""The files of a model. A model folder holds two to four files and no pickles:
 
 encoder.safetensors    the encoder's parameters and buffers
 model.json             `ModelDescription`: what the tensors are, how to score, where they come from
 back_end.safetensors   `mean` [D] and `cohort` [K, D] of the back end, if it has any, float32
+model_card.md          what `model.json` says, for people; only in models that come from a registry
 """
 
 import os
 import secrets
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +26,8 @@ from cel_dist.errors import CelError, RunError
 
 WEIGHTS_FILE = "encoder.safetensors"
 BACK_END_FILE = "back_end.safetensors"
-MODEL_FILES = (WEIGHTS_FILE, DESCRIPTION_FILE, BACK_END_FILE)
+CARD_FILE = "model_card.md"
+MODEL_FILES = (WEIGHTS_FILE, DESCRIPTION_FILE, BACK_END_FILE, CARD_FILE)
 
 
 def write_model_folder(
@@ -42,28 +45,91 @@ def write_model_folder(
         CelError: the folder holds other files than a model.
         RunError: the folder cannot be written.
     """
+    with _replaced(folder) as fresh:
+        # Not `save_file`, whose files only their owner can read: models are shared.
+        (fresh / WEIGHTS_FILE).write_bytes(to_safetensors(dict(tensors), metadata={"format": "pt"}))
+        if arrays := _arrays(back_end):
+            (fresh / BACK_END_FILE).write_bytes(to_safetensors(arrays, metadata={"format": "pt"}))
+        (fresh / DESCRIPTION_FILE).write_text(description.model_dump_json(indent=2) + "\n", encoding="utf-8")
+
+
+def copy_model_folder(source: Path, folder: str | os.PathLike[str]) -> None:
+    """Copy the files of the model in `source`, as they are, in one step. An older model in `folder` is replaced.
+
+    Raises:
+        CelError: the folder holds other files than a model.
+        RunError: the folder cannot be written.
+    """
+    with _replaced(folder) as fresh:
+        for name in MODEL_FILES:
+            if (source / name).is_file():
+                # Without the permissions, which may be those of a cache.
+                shutil.copyfile(source / name, fresh / name)
+
+
+@contextmanager
+def _replaced(folder: str | os.PathLike[str]) -> Iterator[Path]:
+    """A new folder, which takes the place of `folder` when the block ends, and is gone if it raises."""
     target = Path(folder).resolve()
     refuse_other_content(target)
     unique = f".{target.name}.{os.getpid()}.{secrets.token_hex(4)}"
     fresh, former = target.with_name(unique + ".new"), target.with_name(unique + ".old")
     try:
         fresh.mkdir(parents=True)
-        # Not `save_file`, whose files only their owner can read: models are shared.
-        (fresh / WEIGHTS_FILE).write_bytes(to_safetensors(dict(tensors), metadata={"format": "pt"}))
-        if arrays := _arrays(back_end):
-            (fresh / BACK_END_FILE).write_bytes(to_safetensors(arrays, metadata={"format": "pt"}))
-        (fresh / DESCRIPTION_FILE).write_text(description.model_dump_json(indent=2) + "\n", encoding="utf-8")
+        yield fresh
         if target.exists():
             target.replace(former)
         fresh.replace(target)
     except OSError as error:
-        shutil.rmtree(fresh, ignore_errors=True)
         if former.exists():
             former.replace(target)
         raise RunError(
             f"cannot write the model folder {target}: {error.strerror}; check space and permissions"
         ) from error
+    finally:
+        shutil.rmtree(fresh, ignore_errors=True)
     shutil.rmtree(former, ignore_errors=True)
+
+
+def model_folder_of(source: str | os.PathLike[str], tracking_uri: str | None = None) -> Path | None:
+    """The model folder of any MODEL, on this machine; None for a file, which must be a published one.
+
+    Args:
+        source: as for `load_model`.
+        tracking_uri: where MLflow URIs are looked up. Default: as `cel_dist.tracking.resolve_uri`.
+
+    Raises:
+        CelError: nothing is there, or it is no model.
+    """
+    if is_mlflow_uri(source):
+        from cel_dist.tracking import fetch_model
+
+        return fetch_model(str(source), tracking_uri)
+    path = Path(source)
+    if path.is_file():
+        return None
+    for folder in (path, path / "model"):
+        if (folder / DESCRIPTION_FILE).is_file():
+            return folder
+    if not path.exists():
+        problem = f"there is no model at {path}"
+    elif checkpoints := sorted(path.glob(f"checkpoints/*/model/{DESCRIPTION_FILE}")):
+        problem = f"the run {path} has no best model yet; its newest checkpoint is {checkpoints[-1].parent.parent}"
+    else:
+        problem = f"{path} holds no {DESCRIPTION_FILE}, neither itself nor in a sub-folder 'model'"
+    raise CelError(
+        f"{problem}; give a run, checkpoint or model folder, a published .model file, or an MLflow URI such as "
+        "models:/cel@champion"
+    )
+
+
+def is_mlflow_uri(source: str | os.PathLike[str]) -> bool:
+    """Whether a MODEL is one of MLflow's.
+
+    >>> is_mlflow_uri("models:/cel@champion"), is_mlflow_uri("runs/cel")
+    (True, False)
+    """
+    return str(source).startswith(("models:/", "runs:/"))
 
 
 def read_weights(folder: Path) -> dict[str, Tensor]:

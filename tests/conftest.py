@@ -27,6 +27,7 @@ LONGEST = (
     "test_two_hosts",
     "test_run_failures",
     "test_tracking_server",
+    "test_serving",
     "test_launcher",
     "test_watchdog",
     "test_resuming",

@@ -1,5 +1,6 @@
 """The front end: equal to the published one, in fp32 whatever surrounds it."""
 
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -104,3 +105,20 @@ def test_the_quietest_frames_are_those_between_the_bursts() -> None:
     # Few frames have all to be taken, and none of nothing.
     assert len(quietest_frames(log_mel[:, :9], 0.1)) == 9
     assert len(quietest_frames(LogMel().log_mel(torch.zeros(4000)), 0.1)) == 0
+
+
+@pytest.mark.parametrize("num_mels", [40, 80])
+def test_features_are_the_same_bits_where_torchaudio_cannot_be_loaded(num_mels, tmp_path, monkeypatch):
+    wave = 3000 * torch.randn(2, 12_345, generator=torch.Generator().manual_seed(1))
+    usual = LogMel(num_mels)
+    # What its wheel does beside a CPU build of torch.
+    (tmp_path / "torchaudio").mkdir()
+    (tmp_path / "torchaudio" / "__init__.py").write_text("raise OSError('libcudart.so.13: cannot open')\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    for name in [name for name in sys.modules if name.partition(".")[0] == "torchaudio"]:
+        monkeypatch.delitem(sys.modules, name)
+    without = LogMel(num_mels)
+    assert type(without.mel_scale).__module__ == "cel_dist.mel"
+    assert without.state_dict().keys() == usual.state_dict().keys()
+    assert torch.equal(without(wave), usual(wave))
+    assert torch.equal(without.log_mel(wave[0]), usual.log_mel(wave[0]))

@@ -157,35 +157,6 @@ def test_a_model_comes_back_by_version_alias_run_and_id(
     assert client_of(database).get_model_version_by_alias("speakers", "champion").version == 1
 
 
-def test_the_stored_model_is_a_pyfunc_without_pickles(
-    database: str, tmp_path: Path, model_folder: Path, waves: np.ndarray, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    import mlflow
-
-    tracker = Tracker.start(settings(database, experiment="models"), tmp_path)
-    uri = tracker.log_model(model_folder, waves[0])
-    tracker.finish()
-    packed = fetch_model(str(uri), database).parent.parent
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", database)
-    loaded = mlflow.pyfunc.load_model(str(packed))
-
-    np.testing.assert_array_equal(loaded.predict(waves), load_model(model_folder).embed(list(waves)))
-    assert loaded.metadata.signature.inputs.to_dict() == [
-        {"type": "tensor", "tensor-spec": {"dtype": "float32", "shape": (-1, -1)}}
-    ]
-    assert loaded.metadata.signature.outputs.to_dict()[0]["tensor-spec"]["shape"] == (-1, DIMENSION)
-    with pytest.raises(mlflow.exceptions.MlflowException, match="float64"):
-        loaded.predict(waves.astype(np.float64))
-    example = loaded.input_example
-    np.testing.assert_allclose(example, waves[:1, :16_000], atol=1e-7)
-    names = {path.name for path in packed.rglob("*") if path.is_file()}
-    assert {"encoder.safetensors", "model.json", "pyfunc_model.py"} <= names
-    assert not [name for name in names if name.endswith((".pkl", ".pickle", ".pth"))]
-    requirements = (packed / "requirements.txt").read_text().split()
-    assert "cel_dist==0.1.0" in requirements
-    assert all("==" in line and "+" not in line for line in requirements)
-
-
 def test_a_model_that_cannot_embed_is_refused_before_it_is_stored(
     database: str, tmp_path: Path, model_folder: Path, waves: np.ndarray
 ) -> None:

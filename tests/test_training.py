@@ -2,6 +2,7 @@
 
 import functools
 import gzip
+import hashlib
 import json
 import os
 import re
@@ -17,6 +18,7 @@ from training_runs import CEL, ENVIRONMENT, LOSSES, losses, records, train_and_n
 from worlds import run_world
 
 from cel_dist.cli.app import run as cel
+from cel_dist.code_version import code_version
 from cel_dist.data.prepare import prepare
 from cel_dist.distributed import free_port
 from cel_dist.evaluation import Diagnostics
@@ -77,7 +79,19 @@ def test_cel_train_through_the_launcher_leaves_a_whole_run(config, small_corpus,
     assert "Voice or channel" in (run / "report.html").read_text()
     model = load_model(run)
     assert model.description.threshold is not None
-    assert model.description.training.step in (0, 3)
+    training = model.description.training
+    assert training.step in (0, 3)
+    manifests = {"shards": small_corpus.shards / "manifest.json", "bank": small_corpus.bank / "bank.json"}
+    assert training.data_sha256 == {
+        name: hashlib.sha256(file.read_bytes()).hexdigest() for name, file in manifests.items()
+    }
+    assert training.metrics["eer"] == summary["eer"]
+    low, high = training.intervals["eer"]
+    assert 0 <= low <= high <= 1
+    assert training.measured_on is not None
+    assert (training.measured_on.speakers, training.measured_on.replicates) == (10, 1000)
+    assert training.measured_on.trials_sha256 == model.description.calibration.trials_sha256
+    assert training.code == code_version()
     sample = next(small_corpus.audio.rglob("*.wav"))
     same = load_model(run / "checkpoints" / "step-00000003").embed(sample)
     assert same.shape == (512,)

@@ -1,9 +1,10 @@
 """Manifests: JSON files that say what a folder must hold, written last and atomically."""
 
+import hashlib
 from pathlib import Path
 from typing import ClassVar
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, PrivateAttr, ValidationError
 from typing_extensions import Self
 
 from cel_dist.data.files import atomic_write
@@ -20,6 +21,13 @@ class FolderManifest(BaseModel):
     """What a folder with such a manifest is, for messages."""
     writer: ClassVar[str]
     """The command that writes such a folder, without `--out`."""
+
+    _sha256: str | None = PrivateAttr(default=None)
+
+    @property
+    def sha256(self) -> str | None:
+        """SHA-256 of the file that was read or written, in hexadecimal; None before there is one."""
+        return self._sha256
 
     @classmethod
     def load(cls, folder: Path) -> Self:
@@ -42,7 +50,7 @@ class FolderManifest(BaseModel):
     def parse(cls, content: bytes, name: str) -> Self:
         """Read a manifest's content; `name` stands for it in the message. Raises CelError as `load` does."""
         try:
-            return cls.model_validate_json(content)
+            manifest = cls.model_validate_json(content)
         except ValidationError as error:
             detail = error.errors()[0]
             where = ".".join(str(part) for part in detail["loc"]) or "content"
@@ -50,8 +58,13 @@ class FolderManifest(BaseModel):
                 f"{name} is not a {cls.kind} that this version reads ({where}: {detail['msg'].lower()}); "
                 f"run '{cls.writer}' into a new folder"
             ) from None
+        # Not that of the fields, which another version may write in another way: the file's, as `sha256sum` says it.
+        manifest._sha256 = hashlib.sha256(content).hexdigest()
+        return manifest
 
     def save(self, folder: Path) -> None:
         """Write the manifest into `folder`, atomically."""
+        content = self.model_dump_json(indent=1).encode() + b"\n"
         with atomic_write(folder / self.file_name) as file:
-            file.write(self.model_dump_json(indent=1).encode() + b"\n")
+            file.write(content)
+        self._sha256 = hashlib.sha256(content).hexdigest()

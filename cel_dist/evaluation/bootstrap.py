@@ -7,6 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cel_dist.errors import CelError
+from cel_dist.evaluation.lists import speakers_of_files
 from cel_dist.evaluation.trials import Trials
 from cel_dist.metrics import RankedTrials
 
@@ -14,6 +15,9 @@ LEVEL = 0.95
 """Share of the replicates inside an interval; as much lies below it as above."""
 
 _MAX_DRAWS_A_REPLICATE = 100
+_REPLICATES = (100, 1000)
+_TRIALS_DRAWN = 100_000_000
+"""In all replicates of a validation: seconds of a core, for which the other ranks wait."""
 
 Counts = NDArray[np.int64]
 Interval = tuple[float, float]
@@ -109,6 +113,33 @@ def check_draws(trials: Trials, speakers: Sequence[str], replicates: int) -> Non
             f"{len(wrong)} trials contradict the speakers: {enrol} and {test} are a {kind} trial of {said}; give a "
             "list of lines 'path speaker' with --speakers"
         )
+
+
+def validation_intervals(
+    scores: NDArray[np.float64], trials: Trials, speakers: NDArray[np.str_] | None = None
+) -> Intervals | None:
+    """Intervals as `bootstrap_intervals` has them, at the prior 0.05, where nobody was asked who speaks.
+
+    A thousand replicates, fewer of long lists, but at least a hundred.
+
+    Args:
+        scores: [M].
+        trials: the list.
+        speakers: [N], the speaker of each of `trials.files`, "" where unknown. Default: the first folder of its path.
+
+    Returns:
+        None where speakers are not known, contradict the labels, or are too few.
+    """
+    replicates = min(max(_TRIALS_DRAWN // len(trials), _REPLICATES[0]), _REPLICATES[1])
+    try:
+        names = speakers_of_files(trials.first_paths) if speakers is None else speakers.tolist()
+        if "" in names:
+            return None
+        return bootstrap_intervals(
+            RankedTrials(scores, trials.labels), trials, names, priors=("0.05",), replicates=replicates
+        )
+    except CelError:
+        return None
 
 
 class _WeightedErrors:

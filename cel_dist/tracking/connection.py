@@ -106,6 +106,39 @@ def default_uri(uri: str) -> Iterator[None]:
             os.environ["MLFLOW_TRACKING_URI"] = inherited
 
 
+def experiment_id(client: Any, uri: str, name: str) -> str:
+    """The id of an experiment, which is made if there is none.
+
+    Args:
+        client: of MLflow.
+        uri: of the server or database that it is connected to.
+        name: of the experiment.
+
+    Raises:
+        CelError: the experiment was deleted.
+    """
+    from mlflow.exceptions import MlflowException
+
+    experiment = client.get_experiment_by_name(name)
+    if experiment is None:
+        # MLflow would put the artifacts of a database into the working folder of whoever comes first.
+        database = sqlite_file(uri)
+        location = (database.parent / "mlartifacts").as_uri() if database else None
+        try:
+            return str(client.create_experiment(name, artifact_location=location))
+        except MlflowException:
+            # Another process may have made it in between.
+            experiment = client.get_experiment_by_name(name)
+            if experiment is None:
+                raise
+    if experiment.lifecycle_stage != "active":
+        raise CelError(
+            f"experiment '{name}' was deleted; restore it with 'mlflow experiments restore "
+            f"--experiment-id {experiment.experiment_id}' or set another tracking.experiment"
+        )
+    return str(experiment.experiment_id)
+
+
 def sqlite_file(uri: str) -> Path | None:
     """The file of a SQLite URI; None for other URIs."""
     parts = urlsplit(uri)

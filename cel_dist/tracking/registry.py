@@ -5,6 +5,8 @@ import os
 import re
 import shutil
 import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -14,7 +16,8 @@ import yaml
 
 from cel_dist.errors import CelError, RunError
 from cel_dist.tracking.connection import connect, mlflow_errors, redacted, resolve_uri, sqlite_file
-from cel_dist.tracking.run import MODEL_NAME
+
+MODEL_NAME = "model"
 
 _MODEL_URI = re.compile(
     r"models:/(?P<id>m-[0-9a-f]+)$"
@@ -38,25 +41,44 @@ def fetch_model(uri: str, tracking_uri: str | None = None) -> Path:
             the model was not made by this project.
         RunError: the download failed.
     """
-    where = resolve_uri(tracking_uri)
-    match = _MODEL_URI.match(uri)
-    if match is None:
+    if _MODEL_URI.match(uri) is None:
         raise CelError(f"'{uri}' names no model; write models:/NAME@alias, models:/NAME/3 or runs:/ID/{MODEL_NAME}")
+    where = resolve_uri(tracking_uri)
+    with looking_up(uri, where) as client:
+        location = client.get_logged_model(find_model_id(client, uri)).artifact_location
+    return model_folder_in(_local_copy(location, uri, where), uri)
+
+
+@contextmanager
+def looking_up(what: str, where: str) -> Iterator[Any]:
+    """A client that reads what is at `where`; a database that is not there is not made.
+
+    Raises:
+        CelError: the server does not answer, or knows nothing of what is asked.
+    """
     database = sqlite_file(where)
     if database and not database.exists():
         raise CelError(
-            f"cannot look up {uri}: there is no database {database}; set MLFLOW_TRACKING_URI to the server's"
+            f"cannot look up {what}: there is no database {database}; set MLFLOW_TRACKING_URI to the server's"
         )
     remedy = "set MLFLOW_TRACKING_URI to the server that has the model"
-    with mlflow_errors(CelError, f"cannot look up {uri} in MLflow at {redacted(where)}", remedy):
-        client = connect(where)
-        location = client.get_logged_model(_model_id(client, match)).artifact_location
-    return _model_folder(_local_copy(location, uri, where), uri)
+    with mlflow_errors(CelError, f"cannot look up {what} in MLflow at {redacted(where)}", remedy):
+        yield connect(where)
+
+
+def find_model_id(client: Any, uri: str) -> str:
+    """The id of the stored model behind a URI, as `fetch_model` takes it.
+
+    Raises:
+        CelError: model, alias, version or run do not exist; the message names those that do.
+    """
+    match = _MODEL_URI.match(uri)
+    if match is None:
+        raise CelError(f"'{uri}' names no model; write models:/NAME@alias, models:/NAME/3 or runs:/ID/{MODEL_NAME}")
+    return _model_id(client, match)
 
 
 def _model_id(client: Any, match: re.Match[str]) -> str:
-    from mlflow.exceptions import MlflowException
-
     if match["id"]:
         return match["id"]
     if match["run"]:
@@ -66,30 +88,79 @@ def _model_id(client: Any, match: re.Match[str]) -> str:
         if not named:
             raise CelError(f"run {match['run']} has no model; let its training end, or name another run")
         return str(max(named, key=lambda model: model.creation_timestamp).model_id)
-    name = match["name"]
+    found = version_entry(client, match["name"], alias=match["alias"], version=match["version"])
+    model_id = stored_id(found)
+    if model_id is None:
+        raise CelError("it is another kind of model, not logged by cel_dist; name a model of this project")
+    return model_id
+
+
+def stored_id(entry: Any) -> str | None:
+    """The id of the stored model that an entry of a version is of; None where it was not registered from one."""
+    # Its own field `model_id` is not filled by databases. Others have a path of a run as their source.
+    source = _MODEL_URI.match(entry.source)
+    return None if source is None else source["id"]
+
+
+def version_entry(client: Any, name: str, *, alias: str | None = None, version: str | None = None) -> Any:
+    """MLflow's entry of a version of a registered model, by alias or number.
+
+    Raises:
+        CelError: there is no such model, alias or version; the message names those that there are.
+    """
+    from mlflow.exceptions import MlflowException
+
+    registered = model_entry(client, name)
+    if alias and alias not in registered.aliases:
+        aliases = ", ".join(sorted(registered.aliases)) or "none"
+        raise CelError(f"'{name}' has no alias '{alias}'; its aliases: {aliases}")
+    number = registered.aliases[alias] if alias else version
     try:
-        registered = client.get_registered_model(name)
+        return client.get_model_version(name, number)
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+            raise
+        raise CelError(f"'{name}' has no version {number}; it has {version_numbers(client, name)}") from None
+
+
+def model_entry(client: Any, name: str) -> Any:
+    """MLflow's entry of a registered model.
+
+    Raises:
+        CelError: there is none of that name; the message names those that there are.
+    """
+    from mlflow.exceptions import MlflowException
+
+    try:
+        return client.get_registered_model(name)
     except MlflowException as error:
         if error.error_code != "RESOURCE_DOES_NOT_EXIST":
             raise
         names = ", ".join(model.name for model in client.search_registered_models(max_results=10)) or "none"
         raise CelError(f"there is no model '{name}'; registered there: {names}") from None
-    if match["alias"] and match["alias"] not in registered.aliases:
-        aliases = ", ".join(sorted(registered.aliases)) or "none"
-        raise CelError(f"'{name}' has no alias '{match['alias']}'; its aliases: {aliases}")
-    number = registered.aliases[match["alias"]] if match["alias"] else match["version"]
-    try:
-        found = client.get_model_version(name, number)
-    except MlflowException as error:
-        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
-            raise
-        versions = sorted(int(entry.version) for entry in client.search_model_versions(f"name = '{name}'"))
-        raise CelError(f"'{name}' has no version {number}; it has {versions}") from None
-    # Versions that were not registered from a logged model have a path of a run here.
-    source = _MODEL_URI.match(found.source)
-    if source is None or not source["id"]:
-        raise CelError("it is another kind of model, not logged by cel_dist; name a model of this project")
-    return source["id"]
+
+
+def version_numbers(client: Any, name: str) -> list[int]:
+    """The versions of a registered model, oldest first."""
+    return sorted(int(entry.version) for entry in version_entries(client, name))
+
+
+def version_entries(client: Any, name: str) -> list[Any]:
+    """MLflow's entries of all versions of a registered model."""
+    quote = '"' if "'" in name else "'"
+    return all_pages(lambda token: client.search_model_versions(f"name = {quote}{name}{quote}", page_token=token))
+
+
+def all_pages(search: Callable[[str | None], Any]) -> list[Any]:
+    """Everything that a search of MLflow finds; `search` gets the token of a page."""
+    found: list[Any] = []
+    token: str | None = None
+    while True:
+        page = search(token)
+        found += page
+        token = page.token
+        if not token:
+            return found
 
 
 def _local_copy(location: str, uri: str, where: str) -> Path:
@@ -128,7 +199,12 @@ def _local_copy(location: str, uri: str, where: str) -> Path:
     return folder
 
 
-def _model_folder(packed: Path, uri: str) -> Path:
+def model_folder_in(packed: Path, uri: str) -> Path:
+    """The model folder inside of a stored MLflow model.
+
+    Raises:
+        CelError: it is another kind of model.
+    """
     try:
         flavor = yaml.safe_load((packed / "MLmodel").read_text(encoding="utf-8"))["flavors"]["python_function"]
         inside: str | None = flavor["artifacts"][MODEL_NAME]["path"]

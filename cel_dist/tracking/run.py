@@ -3,27 +3,24 @@
 import json
 import logging
 import os
-import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 from numpy.typing import NDArray
 
 from cel_dist.config import Config
+from cel_dist.description import DESCRIPTION_FILE, read_description
 from cel_dist.errors import CelError, RunError
 from cel_dist.tracking.connection import (
     NoAnswerError,
     connect,
-    default_uri,
+    experiment_id,
     first_line,
     mlflow_errors,
     redacted,
     resolve_uri,
-    sqlite_file,
 )
 from cel_dist.tracking.outbox import Outbox, Task
 from cel_dist.tracking.recorded import Point, points_of, recorded_points
@@ -33,15 +30,11 @@ logger = logging.getLogger(__name__)
 
 RUN_ID_FILE = "mlflow_run_id.txt"
 UNSENT_FILE = "mlflow_unsent.txt"
-MODEL_NAME = "model"
-CHAMPION = "champion"
 
 _PARAMS_A_CALL = 100  # MLflow's own limit
 _OPEN_SECONDS = 10.0
 _FLUSH_SECONDS = 30.0
 _FLUSH_SECONDS_KILLED = 10.0
-_EXAMPLE_SAMPLES = 16_000
-_REQUIREMENTS = ("cel_dist", "torch", "torchaudio", "numpy", "safetensors", "soundfile", "soxr", "mlflow")
 _REMEDY = "start the server, set tracking.uri to another one, or set tracking.enabled=false"
 _LATER = "The same 'cel train' sends it when the server is back."
 
@@ -168,12 +161,11 @@ class MlflowTracker(Tracker):
     def log_model(self, model_folder: Path, sample: NDArray[Any], register_as: str | None = None) -> str:
         """Store a model folder as an MLflow model (pyfunc) of this run, and register it if asked.
 
-        The model takes float32 waveforms [N, T] of full scale 1.0 at 16 kHz and returns unit embeddings [N, D]. The
-        first version of a registered name gets the alias `champion`; a later one takes it over only by hand.
+        The first version of a registered name gets the alias `champion`; a later one takes it over only by hand.
 
         Args:
             model_folder: as `SpeakerModel.save` writes it; all of it is kept.
-            sample: a waveform [T] with sound, int16 or of full scale 1.0; its first second becomes the input example.
+            sample: a waveform [T] with sound, int16 or of full scale 1.0; its beginning becomes the input example.
             register_as: name in the registry.
 
         Returns:
@@ -183,43 +175,23 @@ class MlflowTracker(Tracker):
             CelError: the folder holds no usable model, or the model cannot embed `sample`.
             RunError: MLflow refuses the model or does not answer.
         """
-        import mlflow
-        from mlflow.entities import LoggedModelOutput
-
-        from cel_dist.model import SpeakerModel
+        from cel_dist.tracking.registration import add_version, input_example, store_model
 
         self._lacks_model = True
-        model = SpeakerModel.load_folder(model_folder, device="cpu")
-        example = _full_scale(sample)[None, :_EXAMPLE_SAMPLES]
-        embedding = model.embed(list(example))
+        example = input_example(model_folder, sample)
+        description = read_description(model_folder / DESCRIPTION_FILE)
         remedy = f"the model itself is safe in {model_folder}. {_LATER}"
         problem = f"cannot store the model in MLflow at {self._where}"
         # Metrics come first: they are at the server when somebody sees the model there.
         self._flush(_FLUSH_SECONDS)
         if self._has_given_up:
             raise RunError(f"{problem}: the server does not answer; {remedy}")
-        with (
-            mlflow_errors(RunError, problem, remedy),
-            tempfile.TemporaryDirectory(prefix="cel-mlflow-") as scratch,
-        ):
-            experiment = self._client.get_run(self.run_id).info.experiment_id
-            logged = self._client.create_logged_model(
-                experiment, name=MODEL_NAME, source_run_id=self.run_id, model_type="speaker embedding"
-            )
-            packed = Path(scratch, MODEL_NAME)
-            mlflow.pyfunc.save_model(
-                packed,
-                mlflow_model=mlflow.models.Model(run_id=self.run_id, model_id=logged.model_id),
-                python_model=str(Path(__file__).with_name("pyfunc_model.py")),
-                artifacts={MODEL_NAME: str(model_folder)},
-                signature=_signature(embedding.shape[1]),
-                input_example=example,
-                pip_requirements=[f"{name}=={version(name).partition('+')[0]}" for name in _REQUIREMENTS],
-            )
-            self._client.log_model_artifacts(logged.model_id, str(packed))
-            self._client.finalize_logged_model(logged.model_id, "READY")
-            self._client.log_outputs(self.run_id, [LoggedModelOutput(logged.model_id, step=0)])
-            uri = self._register(logged.model_id, register_as) if register_as else f"models:/{logged.model_id}"
+        with mlflow_errors(RunError, problem, remedy):
+            place = self._client.get_run(self.run_id).info.experiment_id
+            stored = store_model(self._client, model_folder, example, experiment_id=place, run_id=self.run_id)
+            uri = f"models:/{stored}"
+            if register_as:
+                uri = add_version(self._client, self.uri, stored, register_as, description)
         self._lacks_model = False
         return uri
 
@@ -266,7 +238,7 @@ class MlflowTracker(Tracker):
         if run_id is None:
             from mlflow.tracking.context.registry import resolve_tags
 
-            experiment = self._experiment(self._experiment_name)
+            experiment = experiment_id(self._client, self.uri, self._experiment_name)
             run_id = self._client.create_run(experiment, run_name=self._run_name, tags=resolve_tags()).info.run_id
         else:
             # A killed process leaves its run open, an orderly end closes it; it goes on in either case.
@@ -293,28 +265,6 @@ class MlflowTracker(Tracker):
         if tags:
             self._client.log_batch(self.run_id, tags=tags)
 
-    def _experiment(self, name: str) -> str:
-        from mlflow.exceptions import MlflowException
-
-        experiment = self._client.get_experiment_by_name(name)
-        if experiment is None:
-            # MLflow would put the artifacts of a database into the working folder of whoever comes first.
-            database = sqlite_file(self.uri)
-            location = (database.parent / "mlartifacts").as_uri() if database else None
-            try:
-                return str(self._client.create_experiment(name, artifact_location=location))
-            except MlflowException:
-                # Another process may have made it in between.
-                experiment = self._client.get_experiment_by_name(name)
-                if experiment is None:
-                    raise
-        if experiment.lifecycle_stage != "active":
-            raise CelError(
-                f"experiment '{name}' was deleted; restore it with 'mlflow experiments restore "
-                f"--experiment-id {experiment.experiment_id}' or set another tracking.experiment"
-            )
-        return str(experiment.experiment_id)
-
     def _known(self, noted: Path) -> str | None:
         from mlflow.exceptions import MlflowException
 
@@ -332,22 +282,6 @@ class MlflowTracker(Tracker):
         logger.warning("MLflow at %s has no run %s (%s); a new one is started", self._where, run_id, noted)
         return None
 
-    def _register(self, model_id: str, name: str) -> str:
-        from mlflow.exceptions import MlflowException
-
-        try:
-            self._client.create_registered_model(name)
-        except MlflowException as error:
-            if error.error_code != "RESOURCE_ALREADY_EXISTS":
-                raise
-        with default_uri(self.uri):
-            registered = self._client.create_model_version(
-                name, source=f"models:/{model_id}", run_id=self.run_id, model_id=model_id
-            )
-        if int(registered.version) == 1:
-            self._client.set_registered_model_alias(name, CHAMPION, registered.version)
-        return f"models:/{name}/{registered.version}"
-
 
 def _line(error: Exception) -> str:
     return str(error) if isinstance(error, CelError) else first_line(error)
@@ -359,22 +293,6 @@ def _flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, s
             yield from _flatten(value, f"{prefix}{name}.")
         else:
             yield prefix + name, redacted(value) if isinstance(value, str) else json.dumps(value)
-
-
-def _full_scale(sample: NDArray[Any]) -> NDArray[np.float32]:
-    scale = 1.0 / 32768.0 if sample.dtype == np.int16 else 1.0
-    wave: NDArray[np.float32] = np.multiply(sample, scale).astype(np.float32)
-    return wave
-
-
-def _signature(dimension: int) -> Any:
-    from mlflow.models import ModelSignature
-    from mlflow.types import Schema, TensorSpec
-
-    single = np.dtype(np.float32)
-    return ModelSignature(
-        inputs=Schema([TensorSpec(single, (-1, -1))]), outputs=Schema([TensorSpec(single, (-1, dimension))])
-    )
 
 
 def _write(path: Path, text: str) -> None:

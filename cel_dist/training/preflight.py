@@ -40,6 +40,12 @@ class Checked:
     start: Start
     class_names: tuple[str, ...] = ()
 
+    @property
+    def manifest_sha256(self) -> dict[str, str]:
+        """SHA-256 of `manifest.json` of the shards and of `bank.json`."""
+        manifests = {"shards": self.shards.manifest, "bank": None if self.bank is None else self.bank.manifest}
+        return {name: read.sha256 for name, read in manifests.items() if read is not None and read.sha256 is not None}
+
 
 def preflight(config: Config, num_ranks: int | None, resume: str) -> Checked:
     """Check what a run needs, in seconds and without writing anything: data, encoder, validation list, run folder,

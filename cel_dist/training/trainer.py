@@ -122,7 +122,7 @@ class Trainer:
             with raised_together(world):
                 take_over(objective.loss, config, names)
         self.engine = Engine(objective, config, world, device)
-        self.validation = Validation(config, world, device, self.plan.steps_per_epoch)
+        self.validation = Validation(config, world, device, self.plan.steps_per_epoch, checked.manifest_sha256)
 
         self.total_steps = num_steps(config, self.plan.steps_per_epoch)
         self.state = start.state

@@ -2,29 +2,35 @@
 
 import copy
 import logging
+from collections.abc import Mapping
 from contextlib import nullcontext
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 
+from cel_dist.code_version import code_version
 from cel_dist.config import Config
-from cel_dist.description import Provenance
+from cel_dist.description import MeasuredOn, Provenance
 from cel_dist.distributed import World
 from cel_dist.engine import Engine
 from cel_dist.errors import RunError
 from cel_dist.evaluation import Evaluation, diagnose, evaluate
+from cel_dist.evaluation.bootstrap import validation_intervals
 from cel_dist.evaluation.embed import raised_together
 from cel_dist.evaluation.metadata import Metadata
 from cel_dist.evaluation.trials import Trials
 from cel_dist.model import SpeakerModel
 from cel_dist.network import describe
+from cel_dist.tracking.connection import redacted
 from cel_dist.training.checkpoint import TrainState
 from cel_dist.training.objective import new_encoder
 
 logger = logging.getLogger(__name__)
 VERSIONS = {name: version(name) for name in ("cel_dist", "torch", "deepspeed")}
+_PRIOR = "0.05"
 
 
 class Validation:
@@ -37,10 +43,19 @@ class Validation:
         world: rank and size.
         device: where embeddings are computed.
         steps_per_epoch: of the run's data.
+        data_sha256: of the manifests of these, for the model's provenance.
     """
 
-    def __init__(self, config: Config, world: World, device: torch.device, steps_per_epoch: int) -> None:
+    def __init__(
+        self,
+        config: Config,
+        world: World,
+        device: torch.device,
+        steps_per_epoch: int,
+        data_sha256: Mapping[str, str] | None = None,
+    ) -> None:
         self._config, self._world = config, world
+        self._data_sha256 = dict(data_sha256 or {})
         self._run_dir: Path = config.run.dir
         self._steps_per_epoch = steps_per_epoch
         self._best: tuple[SpeakerModel, Evaluation | None] | None = None
@@ -53,10 +68,13 @@ class Validation:
         self._encoder.load_state_dict(engine.encoder_state())
         config = self._config
         training = Provenance(
-            config=config.model_dump(mode="json"),
+            config=_without_passwords(config.model_dump(mode="json")),
             step=step,
             epoch=step / self._steps_per_epoch,
             utterances=step * config.train.batch_size,
+            data_sha256=self._data_sha256,
+            # Only rank 0 writes models.
+            code=code_version() if self._world.is_main else None,
             versions=VERSIONS,
         )
         return SpeakerModel(self._encoder, describe(config, training))
@@ -126,5 +144,26 @@ class Validation:
             if self._metadata is not None:
                 diagnose(result, self._metadata).write(self._run_dir / "evaluation")
             model = model.calibrate(result.threshold, result.calibration)
-            model.description.training.metrics = {"eer": result.eer, "min_dcf": result.min_dcf["0.05"]}
+            self._note(result, model.description.training)
         model.save(self._run_dir / "model")
+
+    def _note(self, result: Evaluation, training: Provenance) -> None:
+        """What was measured, with intervals where it is known who speaks."""
+        voices = None if self._metadata is None else self._metadata.speaker
+        intervals = validation_intervals(result.scores, result.trials, voices)
+        training.metrics = {"eer": result.eer, "min_dcf": result.min_dcf[_PRIOR]}
+        training.intervals = {} if intervals is None else {"eer": intervals.eer, "min_dcf": intervals.min_dcf[_PRIOR]}
+        training.measured_on = MeasuredOn(
+            trials=result.calibration.trials or "",
+            trials_sha256=result.calibration.trials_sha256 or "",
+            num_trials=len(result.trials),
+            speakers=None if intervals is None else intervals.speakers,
+            replicates=None if intervals is None else intervals.replicates,
+        )
+
+
+def _without_passwords(settings: Any) -> Any:
+    """Settings as a model may hand them on: addresses of servers may have a password in them."""
+    if isinstance(settings, dict):
+        return {name: _without_passwords(value) for name, value in settings.items()}
+    return redacted(settings) if isinstance(settings, str) else settings
