@@ -1,10 +1,13 @@
 """What exported files compute, waveform to unit embedding, in operations that every runtime has for any length."""
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.fx.experimental import _config as experimental_config
 from torch.nn import functional
+from torch.overrides import TorchFunctionMode
 
 from cel_dist.errors import CelError
 from cel_dist.features import HOP, LOG_FLOOR, SAMPLE_RATE, LogMel
@@ -46,7 +49,7 @@ class ConvolutionalLogMel(nn.Module):
         angles = turns.double() * (2 * math.pi / size)
         rows = FULL_SCALE * window * torch.cat([angles.cos(), angles.sin()])
         self.register_buffer("kernel", rows.float()[:, None])
-        self.register_buffer("mel", published.mel_scale.fb.T.contiguous())
+        self.register_buffer("mel", published.mel_scale.fb.T[:, :, None].contiguous())
         self.reach = len(window) // 2
 
     def forward(self, wave: Tensor) -> Tensor:
@@ -61,7 +64,9 @@ class ConvolutionalLogMel(nn.Module):
         padded = functional.pad(wave[:, None], (self.reach, self.reach), mode="reflect")
         spectrum = functional.conv1d(padded, self.kernel, stride=HOP)
         cosines, sines = spectrum.chunk(2, dim=1)
-        log_mel = torch.log(torch.matmul(self.mel, cosines.square() + sines.square()) + LOG_FLOOR)
+        # A matrix product, without the broadcast of one, which is traced as if there were never a single waveform.
+        bands = functional.conv1d(cosines.square() + sines.square(), self.mel)
+        log_mel = torch.log(bands + LOG_FLOOR)
         centred = log_mel - log_mel.mean(dim=2, keepdim=True)
         return centred * torch.rsqrt(centred.square().mean(dim=2, keepdim=True) + _VARIANCE_EPSILON)
 
@@ -91,12 +96,14 @@ def traced(model: SpeakerModel) -> torch.export.ExportedProgram:
     example = torch.zeros(2, SAMPLE_RATE)
     dimensions = {0: torch.export.Dim("batch", min=1), 1: torch.export.Dim("samples", min=MIN_SAMPLES)}
     try:
-        program = torch.export.export(
-            WaveformEncoder(model).eval(),
-            (example,),
-            dynamic_shapes={"wave": dimensions},
-            prefer_deferred_runtime_asserts_over_guards=True,
-        )
+        # Else sizes that are above 1 in the example are taken to be so always, and an encoder that leaves one frame of
+        # 0.1 s takes no such audio. torch's exporter to ONNX sets the first, too.
+        with experimental_config.patch(backed_size_oblivious=True), _WithoutMemoryFormats():
+            program = torch.export.export(
+                WaveformEncoder(model).eval(),
+                (example,),
+                dynamic_shapes={"wave": dimensions},
+            )
     # An encoder may be anybody's, and what torch raises has no common class.
     except Exception as error:
         raise not_exportable(model, "a graph", error) from error
@@ -104,6 +111,21 @@ def traced(model: SpeakerModel) -> torch.export.ExportedProgram:
         # Paths of this machine.
         node.meta.pop("stack_trace", None)
     return program
+
+
+class _WithoutMemoryFormats(TorchFunctionMode):
+    """Leaves tensors as they lie where an encoder asks for channels last.
+
+    That is for the kernels of one machine, and whether a tensor has this format depends on which of its sizes are 1.
+    """
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = dict(kwargs or {})
+        if func is Tensor.contiguous:
+            kwargs.pop("memory_format", None)
+        return func(*args, **kwargs)
 
 
 def not_exportable(model: SpeakerModel, kind: str, error: Exception) -> CelError:
