@@ -93,24 +93,36 @@ def traced(model: SpeakerModel) -> torch.export.ExportedProgram:
     Raises:
         CelError: the encoder computes what cannot be traced, such as a branch that depends on values or lengths.
     """
-    example = torch.zeros(2, SAMPLE_RATE)
     dimensions = {0: torch.export.Dim("batch", min=1), 1: torch.export.Dim("samples", min=MIN_SAMPLES)}
     try:
-        # Else sizes that are above 1 in the example are taken to be so always, and an encoder that leaves one frame of
-        # 0.1 s takes no such audio. torch's exporter to ONNX sets the first, too.
-        with experimental_config.patch(backed_size_oblivious=True), _WithoutMemoryFormats():
-            program = torch.export.export(
-                WaveformEncoder(model).eval(),
-                (example,),
-                dynamic_shapes={"wave": dimensions},
-            )
-    # An encoder may be anybody's, and what torch raises has no common class.
-    except Exception as error:
-        raise not_exportable(model, "a graph", error) from error
+        program = _traced(model, dimensions, oblivious=True)
+    except Exception:
+        try:
+            program = _traced(model, dimensions, oblivious=False)
+        # An encoder may be anybody's, and what torch raises has no common class.
+        except Exception as error:
+            raise not_exportable(model, "a graph", error) from error
     for node in program.graph.nodes:
         # Paths of this machine.
         node.meta.pop("stack_trace", None)
     return program
+
+
+def _traced(
+    model: SpeakerModel, dimensions: dict[int, torch.export.Dim], *, oblivious: bool
+) -> torch.export.ExportedProgram:
+    """One attempt of `traced`.
+
+    Sizes above 1 in the example are taken to be so always, unless torch is told to be oblivious of them. That is what
+    an encoder needs which leaves one frame of the shortest audio; one that never does may fail with it, because of a
+    batch of one, which is no obstacle without. Which of them came about does not show in what is computed.
+    """
+    # torch has no other name for this setting; its exporter to ONNX uses it, too.
+    setting = experimental_config.patch(backed_size_oblivious=oblivious)  # type: ignore[attr-defined]
+    with setting, _WithoutMemoryFormats():
+        return torch.export.export(
+            WaveformEncoder(model).eval(), (torch.zeros(2, SAMPLE_RATE),), dynamic_shapes={"wave": dimensions}
+        )
 
 
 class _WithoutMemoryFormats(TorchFunctionMode):
