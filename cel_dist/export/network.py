@@ -121,7 +121,10 @@ def _traced(
     setting = experimental_config.patch(backed_size_oblivious=oblivious)  # type: ignore[attr-defined]
     with setting, _WithoutMemoryFormats():
         return torch.export.export(
-            WaveformEncoder(model).eval(), (torch.zeros(2, SAMPLE_RATE),), dynamic_shapes={"wave": dimensions}
+            WaveformEncoder(model).eval(),
+            (torch.zeros(2, SAMPLE_RATE),),
+            dynamic_shapes={"wave": dimensions},
+            prefer_deferred_runtime_asserts_over_guards=not oblivious,
         )
 
 
