@@ -224,8 +224,11 @@ class SpeakerModel:
             CelError: the folder holds other files than a model.
             RunError: the folder cannot be written.
         """
-        tensors = {name: value.detach().cpu().contiguous() for name, value in self.encoder.state_dict().items()}
-        write_model_folder(folder, tensors, self.description, self.back_end)
+        write_model_folder(folder, self.tensors(), self.description, self.back_end)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Parameters and buffers of the encoder by name, on the CPU and contiguous."""
+        return {name: value.detach().cpu().contiguous() for name, value in self.encoder.state_dict().items()}
 
     @classmethod
     def load_folder(cls, folder: str | os.PathLike[str], device: str | torch.device | None = None) -> "SpeakerModel":

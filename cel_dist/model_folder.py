@@ -10,7 +10,7 @@ import os
 import secrets
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
@@ -45,12 +45,27 @@ def write_model_folder(
         CelError: the folder holds other files than a model.
         RunError: the folder cannot be written.
     """
-    with _replaced(folder) as fresh:
-        # Not `save_file`, whose files only their owner can read: models are shared.
-        (fresh / WEIGHTS_FILE).write_bytes(to_safetensors(dict(tensors), metadata={"format": "pt"}))
-        if arrays := _arrays(back_end):
-            (fresh / BACK_END_FILE).write_bytes(to_safetensors(arrays, metadata={"format": "pt"}))
-        (fresh / DESCRIPTION_FILE).write_text(description.model_dump_json(indent=2) + "\n", encoding="utf-8")
+    refuse_other_content(Path(folder).resolve())
+    with replacing(folder, "the model folder") as fresh:
+        write_model_files(fresh, tensors, description, back_end)
+
+
+def write_model_files(
+    folder: Path, tensors: Mapping[str, Tensor] | None, description: ModelDescription, back_end: BackEnd
+) -> None:
+    """Write the files of a model into a folder that is there; arguments as for `write_model_folder`.
+
+    Without `tensors` the folder is no model, but describes one that lies beside it in another format.
+
+    Raises:
+        OSError: the folder cannot be written.
+    """
+    # Not `save_file`, whose files only their owner can read: models are shared.
+    if tensors is not None:
+        (folder / WEIGHTS_FILE).write_bytes(to_safetensors(dict(tensors), metadata={"format": "pt"}))
+    if arrays := _arrays(back_end):
+        (folder / BACK_END_FILE).write_bytes(to_safetensors(arrays, metadata={"format": "pt"}))
+    (folder / DESCRIPTION_FILE).write_text(description.model_dump_json(indent=2) + "\n", encoding="utf-8")
 
 
 def copy_model_folder(source: Path, folder: str | os.PathLike[str]) -> None:
@@ -60,7 +75,8 @@ def copy_model_folder(source: Path, folder: str | os.PathLike[str]) -> None:
         CelError: the folder holds other files than a model.
         RunError: the folder cannot be written.
     """
-    with _replaced(folder) as fresh:
+    refuse_other_content(Path(folder).resolve())
+    with replacing(folder, "the model folder") as fresh:
         for name in MODEL_FILES:
             if (source / name).is_file():
                 # Without the permissions, which may be those of a cache.
@@ -68,26 +84,37 @@ def copy_model_folder(source: Path, folder: str | os.PathLike[str]) -> None:
 
 
 @contextmanager
-def _replaced(folder: str | os.PathLike[str]) -> Iterator[Path]:
-    """A new folder, which takes the place of `folder` when the block ends, and is gone if it raises."""
+def replacing(folder: str | os.PathLike[str], what: str) -> Iterator[Path]:
+    """An empty folder that becomes `folder` when the block ends, in the place of an older one; nothing of it, and of
+    folders made for it, is left if the block raises.
+
+    Args:
+        folder: new or old.
+        what: it is, for the message.
+
+    Raises:
+        RunError: it cannot be written.
+    """
     target = Path(folder).resolve()
-    refuse_other_content(target)
     unique = f".{target.name}.{os.getpid()}.{secrets.token_hex(4)}"
     fresh, former = target.with_name(unique + ".new"), target.with_name(unique + ".old")
+    made = [parent for parent in fresh.parents if not parent.exists()]
     try:
         fresh.mkdir(parents=True)
         yield fresh
         if target.exists():
             target.replace(former)
         fresh.replace(target)
-    except OSError as error:
+    except BaseException as error:
+        shutil.rmtree(fresh, ignore_errors=True)
         if former.exists():
             former.replace(target)
-        raise RunError(
-            f"cannot write the model folder {target}: {error.strerror}; check space and permissions"
-        ) from error
-    finally:
-        shutil.rmtree(fresh, ignore_errors=True)
+        for parent in made:
+            with suppress(OSError):
+                parent.rmdir()
+        if isinstance(error, OSError):
+            raise RunError(f"cannot write {what} {target}: {error.strerror}; check space and permissions") from error
+        raise
     shutil.rmtree(former, ignore_errors=True)
 
 

@@ -28,6 +28,7 @@ IMPORTED_ONLY_BY = {
     "safetensors": ("model_folder.py", "training/classes.py"),
     "matplotlib": ("evaluation/plots.py",),
     "jinja2": ("report.py",),
+    "onnxruntime": ("export/",),
     "espeakng_loader": ("corpus/",),
     "typer": ("cli/",),
     "click": ("cli/",),

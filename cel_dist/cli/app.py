@@ -28,7 +28,7 @@ app.add_typer(models_app, name="models")
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object, and nothing else, on stdout.")]
 
 # Each module adds its commands to `app` when it is imported.
-_COMMAND_MODULES = ("corpus", "data", "encoders", "train", "evaluate", "demo", "models")
+_COMMAND_MODULES = ("corpus", "data", "encoders", "train", "evaluate", "demo", "models", "models_export")
 
 
 def emit(result: dict[str, Any], text: str, *, as_json: bool) -> None:
