@@ -191,8 +191,8 @@ def evaluate(
         described.check(listed)
     if calibrate and any(len(excerpts) > 1 for excerpts in listed.recordings):
         logger.warning(
-            "the calibration is fitted on models of several files, and 'cel verify' compares single ones: it holds for "
-            "lists with such models"
+            "the calibration is fitted on models of several files, and 'cel verify' compares single ones unless it is "
+            "given several: it holds for such models"
         )
     loaded = load_model(model)
     with progress_bar("Embedding") as progress:

@@ -4,6 +4,7 @@ import hashlib
 import hmac
 import ipaddress
 import logging
+import math
 import re
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -29,7 +30,7 @@ logger = logging.getLogger(__name__)
 # Nothing from anywhere else, no frames around the page, the microphone for nobody but it.
 _PAGE_HEADERS = {
     "content-security-policy": "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; "
-    "media-src blob:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
+    "img-src data:; media-src blob:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
     "permissions-policy": "microphone=(self), camera=(), geolocation=()",
 }
 _PAGE = {
@@ -226,7 +227,7 @@ def _add_handlers(app: FastAPI) -> None:
     async def refused(_: Request, refusal: Refusal) -> JSONResponse:
         headers = {}
         if refusal.retry_after_seconds is not None:
-            headers["retry-after"] = str(max(1, round(refusal.retry_after_seconds + 0.5)))
+            headers["retry-after"] = str(max(1, math.ceil(refusal.retry_after_seconds)))
         if refusal.status == 401:
             headers["www-authenticate"] = "Bearer"
         return answer(refusal.status, refusal.message, headers)

@@ -93,6 +93,7 @@ class _Form:
         self._header = bytearray()
         self._value = bytearray()
         self._is_file = False
+        self._is_whole = False
         callbacks = {
             "on_part_begin": self._begin,
             "on_header_begin": self._begin_header,
@@ -101,6 +102,7 @@ class _Form:
             "on_header_end": self._end_header,
             "on_headers_finished": self._end_headers,
             "on_part_data": self._data,
+            "on_end": self._finish,
         }
         try:
             self._parser = MultipartParser(boundary, callbacks)  # type: ignore[arg-type]
@@ -111,7 +113,8 @@ class _Form:
         self._parser.write(chunk)
 
     def end(self) -> None:
-        self._parser.finalize()
+        if not self._is_whole:
+            raise Refusal(400, "the form ends before its last boundary; send it again")
 
     def recordings(self) -> list[bytes]:
         return [file.getvalue() for file in self._files]
@@ -121,6 +124,9 @@ class _Form:
         self._is_file = False
         if self._parts > _MAX_PARTS:
             raise Refusal(413, f"more than {_MAX_PARTS} parts in one form; send several requests")
+
+    def _finish(self) -> None:
+        self._is_whole = True
 
     def _begin_header(self) -> None:
         self._header.clear()

@@ -103,7 +103,7 @@ async function startRecording() {
   });
   const context = new AudioContext();
   await context.audioWorklet.addModule("recorder.js");
-  const node = new AudioWorkletNode(context, "recorder", { numberOfOutputs: 0 });
+  const node = new AudioWorkletNode(context, "recorder");
   const blocks = [];
   const longest = Math.min(limits.max_seconds, (limits.max_bytes - 44) / 2 / context.sampleRate) * context.sampleRate;
   let samples = 0;
@@ -118,7 +118,8 @@ async function startRecording() {
       if (samples >= Math.floor(longest)) stopRecording();
     };
   });
-  context.createMediaStreamSource(stream).connect(node);
+  // Some browsers run only what leads to the speakers; the recorder gives them silence.
+  context.createMediaStreamSource(stream).connect(node).connect(context.destination);
   recorder = { stream, context, node, blocks, finished };
   element("record").textContent = "Stop";
   element("record").classList.add("on");
