@@ -26,7 +26,7 @@ from cel_dist.service.limits import Limits, RateLimit, Refusal
 MAX_BYTES = 2_000_000
 MAX_SECONDS = 20
 QUEUE = 4
-READ_SECONDS = 3.0
+READ_SECONDS = 5.0
 # What any of the attacks below may add to the memory of the process. The bodies of a full queue are 8 MB.
 MORE_MEMORY = 100 << 20
 
@@ -428,7 +428,7 @@ def _wait_until_closed(service: Service) -> None:
         (("--token", "h\u00e9"), "the token is empty or has characters"),
         (("--host", "203.0.113.1"), "cannot listen on 203.0.113.1"),
         (("--port", "{taken}"), "give another --host or --port"),
-        (("--store", "model"), "there is no store model"),
+        (("--store", "model"), "model is a folder; give a file"),
         (("--model", "absent"), "there is no model at absent"),
     ],
 )

@@ -154,7 +154,7 @@ def test_embeddings_of_another_model_are_refused_and_those_of_a_new_calibration_
     [
         (("enrol", "../Ann", "ann0.wav", *WITH), "'../Ann' is no name to enrol under"),
         (("enrol", "Cid", "absent.wav", *WITH), "there is no audio file absent.wav"),
-        (("enrol", "Cid", "ann0.wav", "--model", "model", "--store", "model"), "there is no store model"),
+        (("enrol", "Cid", "ann0.wav", "--model", "model", "--store", "model"), "model is a folder; give a file"),
         (("enrol", "Cid", "ann0.wav", "--model", "model", "--store", "ann1.wav"), "ann1.wav is no store"),
         (("enrol", "Cid", "ann0.wav", "--model", "absent", *STORE), "there is no model at absent"),
         (("identify", "ann0.wav", "--model", "model", "--store", "absent.db"), "there is no store absent.db"),

@@ -59,13 +59,13 @@ def serve(
     from cel_dist.service.speakers import Speakers
 
     limits = Limits(max_seconds, max_bytes, rate, queue, read_seconds, max_recordings, max_connections)
-    listener = listen(host, port)
-    speakers = Speakers(load_model(model), store, create=True)
-    url = url_of(listener)
+    with listen(host, port) as listener:
+        speakers = Speakers(load_model(model), store, create=True)
+        told = {"url": url_of(listener), "store": str(store), **asdict(limits)}
 
-    def ready() -> None:
-        emit({"url": url, "store": str(store), **asdict(limits)}, f"serving at {url}; Ctrl+C ends it", as_json=as_json)
-        # Whoever started this in a pipe waits for the line.
-        sys.stdout.flush()
+        def ready() -> None:
+            emit(told, f"serving at {told['url']}; Ctrl+C ends it", as_json=as_json)
+            # Whoever started this in a pipe waits for the line.
+            sys.stdout.flush()
 
-    run_service(speakers, listener, limits, token=token, trusted_proxy=trusted_proxy, ready=ready)
+        run_service(speakers, listener, limits, token=token, trusted_proxy=trusted_proxy, ready=ready)

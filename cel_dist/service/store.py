@@ -258,6 +258,8 @@ class SpeakerStore:
     @contextmanager
     def _open(self, *, writing: bool = False) -> Iterator[sqlite3.Connection]:
         """A connection and a transaction that is committed when the block ends, and undone if it raises."""
+        if self.path.is_dir():
+            raise StoreFaultError(f"{self.path} is a folder; give a file")
         if not self.path.is_file():
             raise StoreFaultError(
                 f"there is no store {self.path}; make one with 'cel enrol NAME FILE --store {self.path}'"
@@ -317,7 +319,9 @@ def _transaction(database: sqlite3.Connection, kind: str) -> Iterator[None]:
     try:
         yield
     except BaseException:
-        database.execute("ROLLBACK")
+        # Some failures, a full disk among them, have undone it already.
+        if database.in_transaction:
+            database.execute("ROLLBACK")
         raise
     database.execute("COMMIT")
 
