@@ -86,7 +86,8 @@ class Speakers:
         name = checked_name(name)
         if not recordings:
             raise CelError(f"no recording to enrol '{name}' with; give at least one")
-        rows, seconds = [], []
+        rows: list[NDArray[np.float32]] = []
+        seconds: list[float] = []
         for done, recording in enumerate(recordings, start=1):
             rows.append(self.model.embed(recording))
             seconds.append(_seconds(recording))

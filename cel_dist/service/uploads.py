@@ -2,6 +2,7 @@
 
 import asyncio
 import io
+from typing import Any
 
 import numpy as np
 from fastapi import Request
@@ -94,7 +95,7 @@ class _Form:
         self._value = bytearray()
         self._is_file = False
         self._is_whole = False
-        callbacks = {
+        callbacks: Any = {
             "on_part_begin": self._begin,
             "on_header_begin": self._begin_header,
             "on_header_field": lambda data, start, end: self._header.extend(data[start:end]),
@@ -105,7 +106,7 @@ class _Form:
             "on_end": self._finish,
         }
         try:
-            self._parser = MultipartParser(boundary, callbacks)  # type: ignore[arg-type]
+            self._parser = MultipartParser(boundary, callbacks)
         except FormParserError:
             raise Refusal(400, "the boundary of the form is too long; send the audio file as the body") from None
 
