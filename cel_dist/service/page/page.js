@@ -121,6 +121,7 @@ async function startRecording() {
   // Some browsers run only what leads to the speakers; the recorder gives them silence.
   context.createMediaStreamSource(stream).connect(node).connect(context.destination);
   recorder = { stream, context, node, blocks, finished };
+  element("timer").textContent = seconds(0);
   element("record").textContent = "Stop";
   element("record").classList.add("on");
 }
