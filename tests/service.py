@@ -3,7 +3,6 @@
 import http.client
 import json
 import os
-import signal
 import socket
 import subprocess
 import sys
@@ -122,14 +121,6 @@ class Service:
         """Bytes that the process has written to files and pipes; what it sent over the network does not count."""
         counts = dict(line.split(": ") for line in Path(f"/proc/{self.process.pid}/io").read_text().splitlines())
         return int(counts["wchar"])
-
-    def end(self) -> int:
-        """Ask the process to end; its exit code."""
-        self.process.send_signal(signal.SIGTERM)
-        code = self.process.wait(30)
-        assert self.process.stdout is not None
-        self.process.stdout.close()
-        return code
 
     def close(self) -> None:
         """End the process whatever it does."""
