@@ -362,7 +362,9 @@ def test_the_log_has_addresses_and_no_names(service: Service) -> None:
 
 def test_a_token_a_rate_a_full_store_and_an_end_in_peace(tmp_path: Path) -> None:
     proxy = ("--trusted-proxy", "127.0.0.1")
-    service = Service(tmp_path, "--token", "s3cret", "--rate", 12, "--max-recordings", 1, *proxy)
+    service = Service(
+        tmp_path, "--token", "s3cret", "--rate", 12, "--max-recordings", 1, "--max-connections", 20, *proxy
+    )
     try:
         token = {"Authorization": "Bearer s3cret"}
 
@@ -391,6 +393,14 @@ def test_a_token_a_rate_a_full_store_and_an_end_in_peace(tmp_path: Path) -> None
         assert 1 <= int(headers["retry-after"]) <= 6
         assert call("GET", "/v1/speakers", client="203.0.113.10")[0] == 200
         assert service.call("GET", "/health")[0] == 200
+
+        # One connection more than there may be is closed, the others stay.
+        with contextlib.ExitStack() as opened:
+            connections = [opened.enter_context(service.connect()) for _ in range(21)]
+            with contextlib.suppress(ConnectionResetError):
+                assert connections[20].recv(1) == b""
+            connections[0].sendall(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n")
+            assert connections[0].recv(1 << 16).startswith(b"HTTP/1.1 200 ")
 
         # A request that is being served when the end comes is served.
         with service.connect() as connection:

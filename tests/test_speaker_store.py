@@ -306,3 +306,9 @@ def test_a_disk_that_is_full_leaves_the_store_as_it_was(tmp_path: Path, mount_di
     assert path.read_bytes() == before
     shutil.copy(path, tmp_path / "copy.db")
     assert [person.name for person in SpeakerStore(tmp_path / "copy.db").people()] == ["Ann"]
+
+
+@pytest.mark.parametrize("command", ["enrol", "identify", "speakers list", "speakers remove", "serve"])
+def test_help_ends_with_an_example(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run([*command.split(), "--help"]) == 0
+    assert f"Example: cel {command} " in capsys.readouterr().out
