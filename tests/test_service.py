@@ -36,11 +36,13 @@ def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
     """Open to this machine, without a limit of the rate; Ann is enrolled."""
     options = ("--max-bytes", MAX_BYTES, "--max-seconds", MAX_SECONDS, "--rate", 0, "--queue", QUEUE)
     running = Service(tmp_path_factory.mktemp("service"), *options, "--read-seconds", READ_SECONDS)
-    assert running.call("POST", "/v1/enrol", wav(0), name="Ann")[0] == 200
-    # The longest recording there may be, so that what comes later is compared with what regular clients cost.
-    assert running.call("POST", "/v1/embed", wav(0, MAX_SECONDS))[0] == 200
-    yield running
-    running.close()
+    try:
+        assert running.call("POST", "/v1/enrol", wav(0), name="Ann")[0] == 200
+        # The longest recording there may be, so that what comes later is compared with what regular clients cost.
+        assert running.call("POST", "/v1/embed", wav(0, MAX_SECONDS))[0] == 200
+        yield running
+    finally:
+        running.close()
 
 
 @contextlib.contextmanager
