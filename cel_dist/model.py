@@ -182,21 +182,43 @@ class SpeakerModel:
         calibration = self.description.calibration
         return None if calibration is None else calibration.probability(score, seconds)
 
-    def verify(self, enrol: Audio, test: Audio) -> Verification:
-        """Compare two utterances: score, probability, and the decision at the stored threshold.
+    def verify(self, enrol: Audio | list[Audio] | tuple[Audio, ...], test: Audio) -> Verification:
+        """Compare a voice with an utterance: score, probability, and the decision at the stored threshold.
+
+        Args:
+            enrol: an utterance, or several of one person, who is then the mean of their embeddings and as long as all
+                of them together, as in `cel evaluate --enrol`.
+            test: the utterance in question.
 
         Raises:
-            CelError: as `embed`, or an embedding is given where the calibration needs durations.
+            CelError: as `embed`, there is nothing in `enrol`, or an embedding is given where the calibration needs
+                durations.
         """
-        score = self.score(enrol, test)
+        recordings = list(enrol) if isinstance(enrol, (list, tuple)) else [enrol]
+        if not recordings:
+            raise CelError("nothing to compare with; give at least one recording of the known speaker")
+        person = mean_embedding(np.stack([self._embedding(recording) for recording in recordings]))
+        score = self.score(person, test)
+        if self.description.calibration is None or not self.description.calibration.quality:
+            return self.decide(score)
+        durations = [self._seconds(recording) for recording in recordings]
+        known, tested = None if None in durations else sum(filter(None, durations)), self._seconds(test)
+        return self.decide(score, None if known is None or tested is None else min(known, tested))
+
+    def decide(self, score: float, seconds: float | None = None) -> Verification:
+        """What a score means: probability, and the decision at the stored threshold.
+
+        Args:
+            score: that `score` returned.
+            seconds: duration of the shorter side, for a calibration that knows durations.
+
+        Raises:
+            CelError: the calibration needs `seconds`.
+        """
         threshold, calibration = self.description.threshold, self.description.calibration
-        seconds = None
-        if calibration is not None and calibration.quality:
-            durations = self._seconds(enrol), self._seconds(test)
-            seconds = None if None in durations else min(filter(None, durations))
-            if threshold is not None:
-                length = None if seconds is None else np.array([seconds])
-                threshold -= float(calibration.compensated(np.zeros(1), length)[0])
+        if threshold is not None and calibration is not None and calibration.quality:
+            length = None if seconds is None else np.array([seconds])
+            threshold -= float(calibration.compensated(np.zeros(1), length)[0])
         same = None if threshold is None else score >= threshold
         return Verification(score, self.probability(score, seconds), same, threshold)
 

@@ -31,6 +31,7 @@ LONGEST = (
     "test_launcher",
     "test_watchdog",
     "test_resuming",
+    "test_service",
     "test_demo",
     "test_launch",
     "test_stages",

@@ -24,11 +24,15 @@ corpus_app = typer.Typer(help="Make a corpus to work on.", rich_markup_mode=None
 app.add_typer(corpus_app, name="corpus")
 models_app = typer.Typer(help="Models in the MLflow registry.", rich_markup_mode=None)
 app.add_typer(models_app, name="models")
+speakers_app = typer.Typer(help="People enrolled in a store.", rich_markup_mode=None)
+app.add_typer(speakers_app, name="speakers")
 
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object, and nothing else, on stdout.")]
 
 # Each module adds its commands to `app` when it is imported.
-_COMMAND_MODULES = ("corpus", "data", "encoders", "train", "evaluate", "demo", "models", "models_export")
+_COMMAND_MODULES = (
+    "corpus", "data", "encoders", "train", "evaluate", "demo", "models", "models_export", "speakers", "serve"
+)
 
 
 def emit(result: dict[str, Any], text: str, *, as_json: bool) -> None:

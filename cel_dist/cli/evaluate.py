@@ -23,6 +23,11 @@ ModelOption = Annotated[
     ),
 ]
 
+NO_THRESHOLD = (
+    "This model has no threshold, so there is no decision. Measure one with 'cel evaluate --model MODEL --trials FILE "
+    "--root DIR --calibrate OUT', then use '--model OUT'."
+)
+
 
 @app.command(
     epilog="Example: cel evaluate --model runs/cel --trials corpus/trials.txt --root corpus --out runs/cel/test"
@@ -186,8 +191,8 @@ def evaluate(
         described.check(listed)
     if calibrate and any(len(excerpts) > 1 for excerpts in listed.recordings):
         logger.warning(
-            "the calibration is fitted on models of several files, and 'cel verify' compares single ones: it holds for "
-            "lists with such models"
+            "the calibration is fitted on models of several files, and 'cel verify' compares single ones unless it is "
+            "given several: it holds for such models"
         )
     loaded = load_model(model)
     with progress_bar("Embedding") as progress:
@@ -294,23 +299,36 @@ def embed(
 
 @app.command(epilog="Example: cel verify --model models:/cel@champion alice.wav unknown.wav")
 def verify(
-    enrol: Annotated[Path, typer.Argument(help="Audio of the known speaker.")],
+    enrol: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="ENROL...",
+            help="Audio of the known speaker, one file or several; with --store, the name they are enrolled under.",
+        ),
+    ],
     test: Annotated[Path, typer.Argument(help="Audio of the speaker in question.")],
     model: ModelOption,
+    store: Annotated[
+        Path | None, typer.Option(help="Store of enrolled people, see 'cel enrol'; ENROL is then a name.")
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Tell whether two recordings are of the same speaker."""
+    """Tell whether recordings are of the same speaker."""
+    from cel_dist.errors import CelError
     from cel_dist.model import load_model
+    from cel_dist.service.speakers import Speakers
 
-    result = load_model(model).verify(enrol, test)
+    if store is None:
+        result = load_model(model).verify(list(enrol), test)
+    elif len(enrol) == 1:
+        result = Speakers(load_model(model), store).verify(enrol[0], test)
+    else:
+        raise CelError("with --store, give one name and one file: cel verify --store STORE NAME TEST")
     text = f"score {result.score:.4f}"
     if result.probability is not None:
         text += f", probability of the same speaker {result.probability:.1%}"
     if result.same is None:
-        text += (
-            "\nThis model has no threshold, so there is no decision. Measure one with 'cel evaluate --model MODEL "
-            "--trials FILE --root DIR --calibrate OUT', then verify with '--model OUT'."
-        )
+        text += f"\n{NO_THRESHOLD}"
     else:
         text += f": {'same' if result.same else 'different'} speaker{'' if result.same else 's'}"
         text += f" (threshold {result.threshold:.4f})"

@@ -70,8 +70,16 @@ def read_audio(source: Path | bytes, sample_rate: int = SAMPLE_RATE) -> npt.NDAr
     return samples
 
 
-def audio_blocks(source: Path | bytes, sample_rate: int = SAMPLE_RATE) -> Iterator[npt.NDArray[np.int16]]:
+def audio_blocks(
+    source: Path | bytes, sample_rate: int = SAMPLE_RATE, *, block_seconds: float | None = None
+) -> Iterator[npt.NDArray[np.int16]]:
     """What `read_audio` returns, block by block, int16 `[n]` each: audio of any length in the memory of a block.
+
+    Args:
+        source: as for `read_audio`.
+        sample_rate: rate of the result in Hz.
+        block_seconds: longest block. Default: what a million values of the source are, which at a rate of 1 kHz is
+            a quarter of an hour: whoever reads hostile audio bounds memory by this.
 
     Raises:
         AudioError: `unreadable` or `non_finite`, when the block at fault is asked for.
@@ -79,12 +87,12 @@ def audio_blocks(source: Path | bytes, sample_rate: int = SAMPLE_RATE) -> Iterat
     try:
         if isinstance(source, Path) and needs_ffmpeg(source):
             with decoded(source) as stream:
-                yield from _converted_blocks(stream.read, stream.rate_hz, stream.channels, sample_rate)
+                yield from _converted_blocks(stream.read, stream.rate_hz, stream.channels, sample_rate, block_seconds)
         else:
             # As bytes: soundfile cannot encode the name of a file that is not UTF-8.
             with soundfile.SoundFile(os.fsencode(source) if isinstance(source, Path) else io.BytesIO(source)) as file:
                 read = partial(file.read, dtype="float32", always_2d=True)
-                yield from _converted_blocks(read, file.samplerate, file.channels, sample_rate)
+                yield from _converted_blocks(read, file.samplerate, file.channels, sample_rate, block_seconds)
     except FFmpegError as error:
         raise AudioError("unreadable", str(error)) from None
     except (soundfile.SoundFileError, OSError, ValueError, TypeError) as error:
@@ -92,7 +100,11 @@ def audio_blocks(source: Path | bytes, sample_rate: int = SAMPLE_RATE) -> Iterat
 
 
 def _converted_blocks(
-    read: Callable[[int], npt.NDArray[np.float32]], rate_hz: int, channels: int, sample_rate: int
+    read: Callable[[int], npt.NDArray[np.float32]],
+    rate_hz: int,
+    channels: int,
+    sample_rate: int,
+    block_seconds: float | None,
 ) -> Iterator[npt.NDArray[np.int16]]:
     if not _SOURCE_RATES_HZ[0] <= rate_hz <= _SOURCE_RATES_HZ[1]:
         raise AudioError("unreadable", f"its header states a rate of {rate_hz} Hz")
@@ -100,6 +112,8 @@ def _converted_blocks(
     if rate_hz != sample_rate:
         resampler = soxr.ResampleStream(rate_hz, sample_rate, 1, dtype="float32", quality="HQ")
     frames = max(1, _VALUES_AT_ONCE // channels)
+    if block_seconds is not None:
+        frames = max(1, min(frames, round(block_seconds * rate_hz)))
     while True:
         block = read(frames)
         if not np.isfinite(block).all():
