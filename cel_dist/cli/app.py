@@ -26,7 +26,7 @@ app.add_typer(corpus_app, name="corpus")
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object, and nothing else, on stdout.")]
 
 # Each module adds its commands to `app` when it is imported.
-_COMMAND_MODULES = ("corpus", "data", "encoders", "train", "evaluate", "demo")
+_COMMAND_MODULES = ("corpus", "data", "encoders", "train", "sweep", "evaluate", "demo")
 
 
 def emit(result: dict[str, Any], text: str, *, as_json: bool) -> None:
