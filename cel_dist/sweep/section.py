@@ -138,7 +138,8 @@ class SweepSection(Section):
         if self.scheduler == "pbt" and self.num_trials < 2:
             raise ValueError("sweep.scheduler=pbt compares trials; set sweep.trials to 2 or more")
         for name, schedulers in _SCHEDULERS.items():
-            if name in self.model_fields_set and self.scheduler not in schedulers:
+            is_set = getattr(self, name) != type(self).model_fields[name].default
+            if is_set and self.scheduler not in schedulers:
                 raise ValueError(f"sweep.{name} is not used with sweep.scheduler={self.scheduler}; leave it out")
         if self.gpus > 1 and self.gpus != int(self.gpus):
             raise ValueError(f"sweep.gpus={self.gpus}: above 1 it is a whole number")
