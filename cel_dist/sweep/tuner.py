@@ -70,7 +70,6 @@ def search(job: Job, callbacks: Sequence[Callback], *, is_resumed: bool) -> list
             num_samples=1 if section.search == "grid" else section.num_trials,
             search_alg=_searcher(section),
             scheduler=scheduler,
-            max_concurrent_trials=None if section.search == "tpe" else section.concurrent,
             max_failures=section.retries,
             raise_on_failed_trial=False,
             verbose=0,
@@ -132,8 +131,8 @@ def _scheduler(job: Job) -> TrialScheduler:
         return ASHAScheduler(
             time_attr="epoch",
             grace_period=section.grace_epochs,
-            # A run ends by itself; the last rung is not beyond that.
-            max_t=max(train.epochs, section.grace_epochs + 1),
+            # No rung at the end, where a run ends by itself.
+            max_t=max(train.epochs, section.grace_epochs + 1) - 0.5,
             reduction_factor=section.reduction,
             stop_last_trials=False,
         )
