@@ -15,7 +15,13 @@ from cel_dist.sweep.outcomes import Outcome
 from cel_dist.sweep.section import Parameter
 from cel_dist.sweep.table import short
 
-_MAP = "viridis_r"
+# Dark is low, which is good.
+_MAP = "viridis"
+_LABEL: dict[str, Any] = {
+    "va": "center",
+    "fontsize": 8,
+    "bbox": {"facecolor": "white", "alpha": 0.8, "edgecolor": "none", "pad": 1},
+}
 
 
 def parallel_coordinates(outcomes: Sequence[Outcome], space: Mapping[str, Parameter], metric: str) -> bytes:
@@ -47,11 +53,11 @@ def parallel_coordinates(outcomes: Sequence[Outcome], space: Mapping[str, Parame
             axes.axvline(number, color="#888888", linewidth=0.8)
             axes.text(number, 1.09, setting, ha="center", va="bottom", fontsize=9)
             for height, label in heights[setting].ticks():
-                axes.text(number + 0.03, height, label, va="center", fontsize=8, color="#333333")
+                axes.text(number + 0.03, height, label, zorder=5, **_LABEL)
         axes.axvline(len(settings), color="#888888", linewidth=0.8)
         axes.text(len(settings), 1.09, metric, ha="center", va="bottom", fontsize=9)
         for height, value in ((0.0, min(values)), (1.0, max(values))):
-            axes.text(len(settings) + 0.03, height, f"{value:.4f}", va="center", fontsize=8, color="#333333")
+            axes.text(len(settings) + 0.03, height, f"{value:.4f}", zorder=5, **_LABEL)
         axes.set_xlim(-0.2, len(settings) + 0.5)
         axes.set_ylim(-0.05, 1.2)
         return _svg(figure)
@@ -95,7 +101,7 @@ class _Axis:
 
     def __init__(self, parameter: Parameter, values: Sequence[Any]) -> None:
         self._choice = [str(value) for value in parameter.choice] if parameter.choice is not None else None
-        self._is_log = parameter.log_uniform is not None
+        self._is_log, self._is_whole = parameter.log_uniform is not None, parameter.integer is not None
         if self._choice is None:
             self._low, self._high = parameter.bounds
 
@@ -108,6 +114,8 @@ class _Axis:
     def ticks(self) -> list[tuple[float, str]]:
         if self._choice is not None:
             return [(number / max(1, len(self._choice) - 1), name) for number, name in enumerate(self._choice)]
+        if self._is_whole:
+            return [(self.height(value), short(value)) for value in (int(self._low), int(self._high))]
         middle = (self._low * self._high) ** 0.5 if self._is_log else (self._low + self._high) / 2
         return [(self.height(value), short(float(value))) for value in (self._low, middle, self._high)]
 
