@@ -4,7 +4,7 @@ import difflib
 from collections.abc import Iterable, Mapping
 from functools import cache
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, TypeVar, get_args
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -25,6 +25,15 @@ def load_config(path: str | Path, overrides: Iterable[str] = ()) -> Config:
             unknown (the nearest valid one is named), a value has the wrong type or range, or two settings exclude each
             other.
     """
+    return parse_config(read_settings(path, overrides), source=str(path))
+
+
+def read_settings(path: str | Path, overrides: Iterable[str] = ()) -> dict[str, Any]:
+    """The settings of a YAML file with `key=value` overrides, as sections within each other; not checked.
+
+    Raises:
+        CelError: as `load_config`, as far as it is about the text.
+    """
     try:
         text = Path(path).read_text(encoding="utf-8")
     except OSError as error:
@@ -40,16 +49,26 @@ def load_config(path: str | Path, overrides: Iterable[str] = ()) -> Config:
     if not isinstance(tree, dict):
         raise CelError(f"{path} holds a {type(tree).__name__}, not sections of settings; see configs/ for examples")
     for override in overrides:
-        _assign(tree, override)
-    return parse_config(tree, source=str(path))
+        _override(tree, override)
+    return tree
+
+
+AnyConfig = TypeVar("AnyConfig", bound=Config)
 
 
 def parse_config(tree: Mapping[str, Any], source: str) -> Config:
     """Check a nested mapping of settings; `source` names it in errors. Raises CelError as `load_config` does."""
+    if "sweep" in tree:
+        raise CelError(f"configuration {source} has the section 'sweep'; run it with 'cel sweep', or remove that")
+    return parse_as(Config, tree, source)
+
+
+def parse_as(kind: type[AnyConfig], tree: Mapping[str, Any], source: str) -> AnyConfig:
+    """Check a nested mapping of settings that may have the further sections of `kind`; see `parse_config`."""
     try:
-        return Config.model_validate(tree)
+        return kind.model_validate(tree)
     except ValidationError as error:
-        problems = "; ".join(_describe(detail) for detail in error.errors()[:5])
+        problems = "; ".join(_describe(detail, kind) for detail in error.errors()[:5])
         raise CelError(f"configuration {source}: {problems}") from None
 
 
@@ -122,7 +141,7 @@ def _text_settings() -> frozenset[tuple[str, str]]:
     )
 
 
-def _assign(tree: dict[str, Any], override: str) -> None:
+def _override(tree: dict[str, Any], override: str) -> None:
     key, equals, text = override.partition("=")
     if not equals or not key:
         raise CelError(f"override '{override}' is not of the form key=value, for example train.batch_size=64")
@@ -131,23 +150,33 @@ def _assign(tree: dict[str, Any], override: str) -> None:
         value = _read_yaml(text, (*sections, leaf), f"override '{override}'")
     except _YAML_ERRORS:
         value = text
+    assign(tree, key, value, f"override '{override}'")
+
+
+def assign(tree: dict[str, Any], path: str, value: Any, source: str) -> None:
+    """Set the setting at a dotted path in sections within each other.
+
+    Raises:
+        CelError: there is a value where the path has a section; `source` names who wants that.
+    """
+    *sections, leaf = path.split(".")
     node = tree
     for section in sections:
         child = node.setdefault(section, {})
         if child is None:
             child = node[section] = {}
         if not isinstance(child, dict):
-            raise CelError(f"override '{override}': '{section}' is a value, not a section")
+            raise CelError(f"{source}: '{section}' is a value, not a section")
         node = child
     node[leaf] = value
 
 
-def _describe(detail: Mapping[str, Any]) -> str:
+def _describe(detail: Mapping[str, Any], kind: type[Config]) -> str:
     location = [str(part) for part in detail["loc"]]
     path = ".".join(location)
     if detail["type"] == "extra_forbidden":
-        valid = [".".join([*location[:-1], name]) for name in _fields_at(location[:-1])]
-        nearest = difflib.get_close_matches(path, valid + _all_paths(), n=1, cutoff=0.0)
+        valid = [".".join([*location[:-1], name]) for name in _fields_at(location[:-1], kind)]
+        nearest = difflib.get_close_matches(path, valid + all_paths(), n=1, cutoff=0.0)
         return f"unknown key '{path}'; did you mean '{nearest[0]}'?"
     if detail["type"] == "missing":
         return f"'{path}' is required; set it in the file or as an override"
@@ -156,8 +185,8 @@ def _describe(detail: Mapping[str, Any]) -> str:
     return f"'{path}': {detail['msg'][0].lower()}{detail['msg'][1:]}, not {detail['input']!r}"
 
 
-def _fields_at(location: list[str]) -> list[str]:
-    model: type[BaseModel] = Config
+def _fields_at(location: list[str], kind: type[Config]) -> list[str]:
+    model: type[BaseModel] = kind
     for name in location:
         field = model.model_fields.get(name)
         if field is None or not (isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel)):
@@ -166,7 +195,8 @@ def _fields_at(location: list[str]) -> list[str]:
     return list(model.model_fields)
 
 
-def _all_paths() -> list[str]:
+def all_paths() -> list[str]:
+    """The dotted paths of all settings of a run."""
     paths = []
     for name, field in Config.model_fields.items():
         candidates = [field.annotation, *get_args(field.annotation)]

@@ -296,6 +296,8 @@ class TrackingSection(Section):
     """Tracking server or database. Default: $MLFLOW_TRACKING_URI, else `sqlite:///mlflow.db` in the current folder."""
     experiment: str = "cel"
     """Name of the experiment."""
+    parent_run: str | None = None
+    """MLflow run that this one belongs to, as a trial to its sweep."""
     register_as: str | None = "cel"
     """Register the best encoder under this model name when training ends; null does not register it."""
     system_metrics: bool = False

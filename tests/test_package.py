@@ -17,7 +17,8 @@ HEAVY = {"torch", "torchaudio", "ray", "mlflow", "deepspeed", "webdataset"}
 IMPORTED_ONLY_BY = {
     "deepspeed": ("engine.py", "engine_checkpoint.py", "process_group.py"),
     "mlflow": ("tracking/",),
-    "ray": ("data/ray_pool.py", "sweep.py"),
+    "ray": ("ray_cluster.py", "sweep/"),
+    "optuna": ("sweep/",),
     "psutil": ("launcher/ranks.py", "losses/exchange.py"),
     "webdataset": ("data/stream.py",),
     "torchaudio": ("features.py", "data/speed.py"),
@@ -26,8 +27,8 @@ IMPORTED_ONLY_BY = {
     "fsspec": ("data/remote.py",),
     "aiohttp": ("data/remote.py",),
     "safetensors": ("model_folder.py", "training/classes.py"),
-    "matplotlib": ("evaluation/plots.py",),
-    "jinja2": ("report.py",),
+    "matplotlib": ("evaluation/plots.py", "sweep/plots.py"),
+    "jinja2": ("report.py", "sweep/summary.py"),
     "onnxruntime": ("export/",),
     "espeakng_loader": ("corpus/",),
     "fastapi": ("service/",),
@@ -37,7 +38,7 @@ IMPORTED_ONLY_BY = {
     "python_multipart": ("service/",),
     "typer": ("cli/",),
     "click": ("cli/",),
-    "rich": ("cli/",),
+    "rich": ("cli/", "sweep/table.py"),
 }
 
 # Room -> the rooms of cel_dist that it may import, besides itself.
@@ -56,6 +57,7 @@ MAY_KNOW = {
     "losses": {"errors", "distributed"},
     "published": {"errors", "encoders"},
     "watch": {"errors", "distributed"},
+    "ray_cluster": {"errors", "data"},
     "process_group": {"errors", "config", "config_sections", "distributed", "watch"},
 }
 

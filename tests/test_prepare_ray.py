@@ -17,9 +17,10 @@ from ray_jobs import MarkedJob, die_if_odd, die_the_first_time, fail, square
 from cel_dist.cli.app import run
 from cel_dist.data.check import check_shards
 from cel_dist.data.prepare import prepare
-from cel_dist.data.ray_pool import RETRIES, run_jobs_on_ray
+from cel_dist.data.ray_pool import run_jobs_on_ray
 from cel_dist.data.shard_jobs import ShardJob, build_shard_elsewhere
 from cel_dist.errors import CelError, RunError
+from cel_dist.ray_cluster import RETRIES
 
 ray = pytest.importorskip("ray", reason="Ray is not installed: pip install 'cel_dist[ray]'")
 

@@ -31,7 +31,17 @@ JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object,
 
 # Each module adds its commands to `app` when it is imported.
 _COMMAND_MODULES = (
-    "corpus", "data", "encoders", "train", "evaluate", "demo", "models", "models_export", "speakers", "serve"
+    "corpus",
+    "data",
+    "encoders",
+    "train",
+    "sweep",
+    "evaluate",
+    "demo",
+    "models",
+    "models_export",
+    "speakers",
+    "serve",
 )
 
 

@@ -30,7 +30,7 @@ _DET_TICKS = (0.0001, 0.001, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.4, 0.6, 0.8)
 _PIXELS_A_DEVIATE = 400
 _MAX_MAP_POINTS = 500
 _MAX_NAMED_SPEAKERS = 24
-_STYLE = {
+STYLE = {
     "font.family": "DejaVu Sans",
     "font.size": 10,
     "axes.spines.top": False,
@@ -65,7 +65,7 @@ def det_plot(curves: Mapping[str, tuple[ArrayLike, ArrayLike]], *, picture: Form
         curves: name to (scores [M], labels [M]); an empty name leaves only the EER in the legend.
         picture: format of the result.
     """
-    with mpl.rc_context(_STYLE):
+    with mpl.rc_context(STYLE):
         figure = Figure(figsize=(5.2, 5.0), layout="constrained")
         axes = figure.subplots()
         smallest = 0.2
@@ -109,7 +109,7 @@ def score_histogram(
     targets = np.asarray(labels) == 1
     num_bins = int(np.clip(np.sqrt(len(values)), 10, 60))
     edges = np.histogram_bin_edges(values, bins=num_bins).tolist()
-    with mpl.rc_context(_STYLE):
+    with mpl.rc_context(STYLE):
         figure = Figure(figsize=(6.4, 3.6), layout="constrained")
         axes = figure.subplots()
         kinds = (("different speakers", ~targets, _COLOURS[1]), ("same speaker", targets, _COLOURS[0]))
@@ -148,7 +148,7 @@ def group_errors(groups: Sequence[Group], control: Control | None = None, *, pic
             ("all frames: whitened spectrum", control.all_frames_eer),
         )
         bars += [(len(kinds), name, rate, f"{rate:.2%}") for name, rate in rates]
-    with mpl.rc_context(_STYLE):
+    with mpl.rc_context(STYLE):
         # A gap between two kinds of parts.
         places = [number + 0.5 * kind for number, (kind, *_) in enumerate(bars)]
         figure = Figure(figsize=(7.4, 1.1 + 0.3 * (places[-1] + 1)), layout="constrained")
@@ -184,7 +184,7 @@ def training_curves(records: Sequence[Mapping[str, Any]], *, picture: Format = "
         for title, names in _TRAINING_PANELS
     ]
     panels = [(title, series) for title, series in panels if series]
-    with mpl.rc_context(_STYLE):
+    with mpl.rc_context(STYLE):
         columns = min(3, max(1, len(panels)))
         rows = max(1, -(-len(panels) // columns))
         figure = Figure(figsize=(4.0 * columns, 2.9 * rows), layout="constrained")
@@ -208,7 +208,7 @@ def speaker_map(embeddings: ArrayLike, speakers: Sequence[str], *, picture: Form
     places = neighbour_map(np.asarray(embeddings)[chosen])
     names = np.asarray(speakers)[chosen]
     known = sorted(set(names.tolist()))
-    with mpl.rc_context(_STYLE):
+    with mpl.rc_context(STYLE):
         is_named = len(known) <= _MAX_NAMED_SPEAKERS
         figure = Figure(figsize=(7.4 if is_named else 6.0, 5.6), layout="constrained")
         axes = figure.subplots()

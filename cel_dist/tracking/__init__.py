@@ -5,6 +5,6 @@ The only room that imports mlflow, and it does so late: importing this package i
 
 from cel_dist.tracking.connection import DEFAULT_URI, resolve_uri
 from cel_dist.tracking.registry import fetch_model
-from cel_dist.tracking.run import UNSENT_FILE, Tracker
+from cel_dist.tracking.run import RUN_ID_FILE, UNSENT_FILE, Tracker
 
-__all__ = ["DEFAULT_URI", "UNSENT_FILE", "Tracker", "fetch_model", "resolve_uri"]
+__all__ = ["DEFAULT_URI", "RUN_ID_FILE", "UNSENT_FILE", "Tracker", "fetch_model", "resolve_uri"]

@@ -30,6 +30,7 @@ logger = logging.getLogger(__name__)
 
 RUN_ID_FILE = "mlflow_run_id.txt"
 UNSENT_FILE = "mlflow_unsent.txt"
+PARENT_TAG = "mlflow.parentRunId"
 
 _PARAMS_A_CALL = 100  # MLflow's own limit
 _OPEN_SECONDS = 10.0
@@ -105,6 +106,7 @@ class MlflowTracker(Tracker):
         self._where = redacted(self.uri)
         self._run_dir = run_dir
         self._experiment_name = config.tracking.experiment
+        self._parent_run = config.tracking.parent_run
         self._run_name = config.run.name or run_dir.resolve().name
         self._client: Any = None
         self._has_given_up = False
@@ -239,7 +241,8 @@ class MlflowTracker(Tracker):
             from mlflow.tracking.context.registry import resolve_tags
 
             experiment = experiment_id(self._client, self.uri, self._experiment_name)
-            run_id = self._client.create_run(experiment, run_name=self._run_name, tags=resolve_tags()).info.run_id
+            tags = {**resolve_tags(), **({PARENT_TAG: self._parent_run} if self._parent_run else {})}
+            run_id = self._client.create_run(experiment, run_name=self._run_name, tags=tags).info.run_id
         else:
             # A killed process leaves its run open, an orderly end closes it; it goes on in either case.
             self._client.update_run(run_id, status="RUNNING")

@@ -44,7 +44,7 @@ _FREE = (
     "train.threads",
 )
 # Without these a checkpoint cannot be read, or its position means nothing, in whatever run.
-_FIXED = (
+FIXED = (
     "encoder.name",
     "encoder.embedding_dim",
     "encoder.pooling",
@@ -189,7 +189,7 @@ def _require_same_experiment(
     checkpoint: Path, changed: Mapping[str, tuple[Any, Any]], signed: list[str], *, is_own: bool
 ) -> list[str]:
     """Refuse what must not have changed; what another run may do in another way becomes a remark."""
-    fixed = [key for key in changed if key in _FIXED or key in signed]
+    fixed = [key for key in changed if key in FIXED or key in signed]
     if not changed or not (fixed or is_own):
         return [f"{key} is now {now}, up to {checkpoint} it was {former}" for key, (former, now) in changed.items()]
     remedy = (

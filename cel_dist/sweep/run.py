@@ -1,0 +1,147 @@
+"""A sweep from its start, or from where it was left, to its summary."""
+
+import logging
+import os
+import shutil
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Literal
+
+from cel_dist.data.files import atomic_write, sole_writer
+from cel_dist.errors import CelError, PreemptedError
+from cel_dist.launcher.nodes import FORWARDED
+from cel_dist.ray_cluster import connected
+from cel_dist.sweep.outcomes import ENDED, read_outcomes
+from cel_dist.sweep.settings import Sweep
+
+logger = logging.getLogger(__name__)
+
+_RESOLVED = "sweep.yaml"
+
+
+def run_sweep(
+    sweep: Sweep, *, address: str = "local", resume: bool = False, register_as: str | None = None
+) -> dict[str, Any]:
+    """Run the trials of a sweep and summarise them.
+
+    Its folder gets `trials/ID/` with the runs of each trial, `trials.json`, `best.yaml` and `sweep.html`.
+
+    Args:
+        sweep: what is searched, and how.
+        address: of a Ray cluster as `ray.init` takes it; `local` starts one on this machine and ends it afterwards. All
+            its machines see the folder of the sweep and the data.
+        resume: go on with what the folder has: trials that are over stay as they are, others go on from their newest
+            checkpoints.
+        register_as: name in the registry of MLflow for the model of the best trial.
+
+    Returns:
+        Best value and trial, `run_dir` of it, importances, trials, files, and `model_uri` if registered.
+
+    Raises:
+        CelError: the folder has a sweep already, or none to go on with, or another one; data and settings do not fit.
+        RunError: the cluster or a disk failed.
+        PreemptedError: it was asked to end (SIGINT, SIGTERM).
+    """
+    from cel_dist.training.preflight import preflight
+
+    # What would fail in every trial fails here, in seconds.
+    first = sweep.of_trial({}, sweep.folder / "trials" / "first", "check")
+    preflight(first, sweep.section.ranks, "auto")
+    sweep.folder.mkdir(parents=True, exist_ok=True)
+    with sole_writer(sweep.folder, "cel sweep"):
+        is_resumed = _prepare(sweep, resume)
+        with connected(address):
+            return _run(sweep, is_resumed, register_as)
+
+
+def _prepare(sweep: Sweep, resume: bool) -> bool:
+    """Check that the folder is what `resume` says, and note the search in it; returns whether there is one to go on."""
+    from cel_dist.config_file import dump_config
+    from cel_dist.sweep.section import SweepConfig
+    from cel_dist.sweep.tuner import STATE
+
+    noted = sweep.folder / _RESOLVED
+    text = dump_config(SweepConfig(**dict(sweep.base), sweep=sweep.section))
+    if noted.exists():
+        if not resume:
+            raise CelError(
+                f"{sweep.folder} already has a sweep; go on with --resume, or choose another run.dir for a new one"
+            )
+        if noted.read_text() != text:
+            raise CelError(f"{noted} has other settings than this sweep; go on with those, or choose another run.dir")
+    elif resume:
+        raise CelError(f"{sweep.folder} has no sweep to go on with; leave out --resume, or name its run.dir")
+    with atomic_write(noted) as file:
+        file.write(text.encode())
+    has_state = any((sweep.folder / STATE).glob("experiment_state-*.json"))
+    if not has_state:
+        # Nothing had come so far that Ray could go on with it.
+        shutil.rmtree(sweep.folder / STATE, ignore_errors=True)
+    return has_state
+
+
+def _run(sweep: Sweep, is_resumed: bool, register_as: str | None) -> dict[str, Any]:
+    from cel_dist.sweep.record import SweepRecord
+    from cel_dist.sweep.summary import summarise
+    from cel_dist.sweep.table import live_table
+    from cel_dist.sweep.trial import Job, runs_of, trial_folder
+    from cel_dist.sweep.tuner import search
+    from cel_dist.sweep.watcher import Watcher
+
+    def runs(outcome: Any) -> list[Path]:
+        return runs_of(trial_folder(sweep.folder, outcome.id))
+
+    record = SweepRecord(sweep, runs)
+    status: Literal["FINISHED", "FAILED", "KILLED"] = "FAILED"
+    files: list[Path] = []
+    try:
+        watcher = Watcher(sweep.folder, sweep.section, [record])
+        job = Job(sweep, record.run_id, os.getcwd(), _forwarded())
+        with (
+            _interruptible(),
+            live_table(watcher.outcomes, sweep.section.num_trials, sweep.section.metric) as draw,
+        ):
+            watcher.listen(draw)
+            search(job, [watcher], is_resumed=is_resumed)
+        watcher.leave()
+        outcomes = list(watcher.outcomes.values())
+        summary = summarise(sweep, outcomes, {outcome.id: runs(outcome) for outcome in outcomes})
+        files = list(summary.files.values())
+        if len(outcomes) < sweep.section.num_trials or any(outcome.status not in ENDED for outcome in outcomes):
+            status = "KILLED"
+            raise PreemptedError(
+                f"the sweep was asked to end and did; go on with --resume, its folder is {sweep.folder}"
+            )
+        status = "FINISHED"
+    finally:
+        record.finish(status, files)
+    result: dict[str, Any] = {
+        "sweep_dir": str(sweep.folder),
+        "metric": sweep.section.metric,
+        "best": asdict(summary.best) if summary.best else None,
+        "importances": summary.importances,
+        "trials": [asdict(outcome) for outcome in read_outcomes(sweep.folder)],
+        "files": {kind: str(path) for kind, path in summary.files.items()},
+    }
+    return result
+
+
+def _forwarded() -> dict[str, str]:
+    return {name: value for name, value in os.environ.items() if name.startswith(FORWARDED)}
+
+
+@contextmanager
+def _interruptible() -> Iterator[None]:
+    """Make of SIGTERM what Ctrl-C is to Ray Tune: an orderly end."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    former = signal.signal(signal.SIGTERM, lambda number, frame: signal.raise_signal(signal.SIGINT))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, former)

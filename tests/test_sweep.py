@@ -1,0 +1,210 @@
+"""Sweeps on a real Ray cluster of two nodes with one core each: trials are whole runs, whatever becomes of them."""
+
+import json
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from training_runs import write_config
+
+from cel_dist.sweep.outcomes import read_outcomes
+from cel_dist.sweep.run import run_sweep
+from cel_dist.sweep.settings import load_sweep
+
+ray = pytest.importorskip("ray", reason="Ray is not installed: pip install 'cel_dist[sweep]'")
+pytest.importorskip("optuna", reason="Optuna is not installed: pip install 'cel_dist[sweep]'")
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[str]:
+    """A cluster of two nodes that this process is connected to, and its address."""
+    from ray.cluster_utils import Cluster
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+        patch.delenv("RAY_ADDRESS", raising=False)
+        nodes = Cluster(
+            initialize_head=True,
+            head_node_args={"num_cpus": 1, "include_dashboard": False, "object_store_memory": 80 << 20},
+        )
+        nodes.add_node(num_cpus=1, object_store_memory=80 << 20)
+        ray.init(address=nodes.address, log_to_driver=False, logging_level="error")
+        yield nodes.address
+        ray.shutdown()
+        nodes.shutdown()
+
+
+def sweep_file(corpus: Any, folder: Path, *, space: dict[str, Any], epochs: int = 3, **section: Any) -> Path:
+    return write_config(
+        corpus,
+        folder,
+        "sweep",
+        augment={"profile": 0},
+        encoder={"embedding_dim": 32},
+        train={"batch_size": 8, "epochs": epochs},
+        checkpoint={"every_steps": 2, "keep_last": 1},
+        eval={"trials": str(corpus.trials), "root": str(corpus.audio)},
+        tracking={"enabled": True, "uri": f"sqlite:///{folder}/mlflow.db"},
+        sweep={"space": space, **section},
+    )
+
+
+def ranks_below(folder: Path) -> list[psutil.Process]:
+    """Training processes whose configuration lies in a folder."""
+    found = []
+    for process in psutil.process_iter(["cmdline"]):
+        words = process.info["cmdline"] or []
+        if "cel_dist.train" in words and any(word.startswith(str(folder)) for word in words):
+            found.append(process)
+    return found
+
+
+def wait_for(condition: Any, seconds: float = 120) -> Any:
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        found = condition()
+        if found:
+            return found
+        time.sleep(0.05)
+    raise AssertionError("it did not happen in time")
+
+
+def runs_in_mlflow(folder: Path) -> list[Any]:
+    from mlflow import MlflowClient
+
+    client = MlflowClient(f"sqlite:///{folder}/mlflow.db")
+    return list(client.search_runs([found.experiment_id for found in client.search_experiments()]))
+
+
+def test_trials_run_on_both_nodes_and_one_that_is_killed_goes_on(cluster, small_corpus, tmp_path):
+    space = {"optim.lr": {"log_uniform": [1e-4, 1e-2]}}
+    sweep = load_sweep(sweep_file(small_corpus, tmp_path, space=space, trials=3, search="tpe", scheduler="asha"))
+    killed: list[Path] = []
+
+    def kill_a_rank() -> None:
+        """When trials run on both nodes and one of them has a checkpoint, end its only rank."""
+
+        def running() -> dict[Path, psutil.Process]:
+            return {Path(process.cmdline()[3]).with_suffix(""): process for process in ranks_below(sweep.folder)}
+
+        def with_checkpoint() -> Path | None:
+            runs = running()
+            return next(
+                (run for run in runs if len(runs) == 2 and any(run.glob("checkpoints/step-*/state.json"))), None
+            )
+
+        run = wait_for(with_checkpoint)
+        running()[run].send_signal(signal.SIGKILL)
+        killed.append(run)
+
+    thread = threading.Thread(target=kill_a_rank)
+    thread.start()
+    result = run_sweep(sweep)
+    thread.join()
+    assert killed
+    outcomes = {outcome.id: outcome for outcome in read_outcomes(sweep.folder)}
+    assert len(outcomes) == 3
+    assert {outcome.status for outcome in outcomes.values()} <= {"finished", "stopped"}
+    hurt = outcomes[killed[0].parent.name]
+    assert hurt.failures == 1
+    log = killed[0].with_suffix(".log").read_text()
+    assert "from step 0 to" in log
+    assert log.count("from step") == 2
+    assert log.count("from step 0 to") == 1, "it began anew instead of going on from its checkpoint"
+    best = min(outcomes.values(), key=lambda outcome: outcome.best)
+    assert result["best"]["best"] == best.best
+    assert Path(best.run_dir, "model", "model.json").exists()
+    # Everything is free, and nothing runs on.
+    assert ray.cluster_resources()["CPU"] == 2
+    wait_for(lambda: ray.available_resources().get("CPU") == 2, 10)
+    assert not ranks_below(sweep.folder)
+    found = runs_in_mlflow(tmp_path)
+    assert {run.info.status for run in found} == {"FINISHED"}
+    parent = next(run for run in found if "mlflow.parentRunId" not in run.data.tags)
+    children = [run for run in found if run.data.tags.get("mlflow.parentRunId") == parent.info.run_id]
+    assert {run.data.tags["sweep.trial"] for run in children} == set(outcomes)
+    assert parent.data.metrics["best_eer"] == best.best
+    assert {path.name for path in map(Path, result["files"].values())} == {"best.yaml", "sweep.html"}
+
+
+def test_a_stopped_trial_frees_everything_and_the_next_sweep_starts(cluster, small_corpus, tmp_path):
+    # With a learning rate of next to nothing the second trial is worse than the first, and ASHA ends it.
+    space = {"optim.lr": {"choice": [3e-3, 1e-9]}}
+    file = sweep_file(
+        small_corpus, tmp_path, space=space, epochs=8, search="grid", scheduler="asha", reduction=2, concurrent=1
+    )
+    freed: list[float] = []
+
+    def watch() -> None:
+        """How long ranks of a trial outlive the line that says that it was stopped."""
+        folder = tmp_path / "sweep"
+        stopped = wait_for(lambda: [one for one in read_outcomes(folder) if one.status == "stopped"], 240)
+        begin = time.monotonic()
+        wait_for(lambda: not ranks_below(folder / "trials" / stopped[0].id), 20)
+        freed.append(time.monotonic() - begin)
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    run_sweep(load_sweep(file))
+    thread.join()
+    outcomes = read_outcomes(tmp_path / "sweep")
+    assert sorted(outcome.status for outcome in outcomes) == ["finished", "stopped"]
+    assert freed
+    assert freed[0] < 3
+    wait_for(lambda: ray.available_resources().get("CPU") == 2, 10)
+
+
+def test_population_based_training_changes_settings_in_flight(cluster, small_corpus, tmp_path):
+    space = {"optim.lr": {"log_uniform": [1e-9, 1e-2]}}
+    file = sweep_file(
+        small_corpus, tmp_path, space=space, epochs=4, scheduler="pbt", perturb_epochs=1, trials=2, seed=1
+    )
+    run_sweep(load_sweep(file))
+    outcomes = read_outcomes(tmp_path / "sweep")
+    heirs = [outcome for outcome in outcomes if outcome.origins]
+    assert heirs, "no trial took over another's weights"
+    heir, origin = heirs[0], heirs[0].origins[0]
+    first, second = (json.loads((tmp_path / f"sweep/trials/{heir.id}/{name}.json").read_text()) for name in "12")
+    assert first["values"] != second["values"]
+    assert origin["trial"] != heir.id
+    # The second run took up where the other trial was.
+    begun = (tmp_path / f"sweep/trials/{heir.id}/2.log").read_text()
+    assert f"from step {origin['step']} to" in begun
+    tags = [run.data.tags for run in runs_in_mlflow(tmp_path)]
+    child = next(found for found in tags if found.get("sweep.trial") == heir.id and found["sweep.run"] == "2")
+    assert child["sweep.begun_from_trial"] == origin["trial"]
+    donor = tmp_path / f"sweep/trials/{origin['trial']}/{origin['run']}/mlflow_run_id.txt"
+    assert child["sweep.begun_from_run"] == donor.read_text().strip()
+
+
+def test_a_killed_sweep_is_closed_and_goes_on(cluster, small_corpus, tmp_path):
+    space = {"optim.lr": {"choice": [1e-3, 2e-3, 3e-3]}}
+    file = sweep_file(small_corpus, tmp_path, space=space, search="grid", scheduler="fifo", concurrent=1, epochs=2)
+    folder = tmp_path / "sweep"
+    command = [sys.executable, "-m", "cel_dist", "sweep", str(file), "--address", cluster, "--json"]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+        wait_for(lambda: [one for one in read_outcomes(folder) if one.status == "finished"], 240)
+        wait_for(lambda: len(list(folder.glob("trials/*/1/mlflow_run_id.txt"))) == 2)
+        process.send_signal(signal.SIGKILL)
+    # Somebody closes the records, and the ranks end with the search.
+    wait_for(lambda: not ranks_below(folder), 60)
+    wait_for(lambda: {run.info.status for run in runs_in_mlflow(tmp_path)} == {"FINISHED", "KILLED"}, 60)
+    (finished,) = [one for one in read_outcomes(folder) if one.status == "finished"]
+    before = {path: path.stat().st_mtime_ns for path in (folder / "trials" / finished.id).rglob("*.jsonl")}
+    refused = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert refused.returncode == 2
+    assert "go on with --resume" in refused.stderr
+    done = subprocess.run([*command, "--resume"], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout)
+    assert [outcome["status"] for outcome in result["trials"]] == ["finished"] * 3
+    assert {outcome["values"]["optim.lr"] for outcome in result["trials"]} == {1e-3, 2e-3, 3e-3}
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+    assert {run.info.status for run in runs_in_mlflow(tmp_path)} == {"FINISHED"}
