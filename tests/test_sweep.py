@@ -76,10 +76,14 @@ def wait_for(condition: Any, seconds: float = 120) -> Any:
     raise AssertionError("it did not happen in time")
 
 
-def runs_in_mlflow(folder: Path) -> list[Any]:
+def mlflow_of(folder: Path) -> Any:
     from mlflow import MlflowClient
 
-    client = MlflowClient(f"sqlite:///{folder}/mlflow.db")
+    return MlflowClient(f"sqlite:///{folder}/mlflow.db")
+
+
+def runs_in_mlflow(folder: Path) -> list[Any]:
+    client = mlflow_of(folder)
     return list(client.search_runs([found.experiment_id for found in client.search_experiments()]))
 
 
@@ -184,27 +188,47 @@ def test_population_based_training_changes_settings_in_flight(cluster, small_cor
     assert child["sweep.begun_from_run"] == donor.read_text().strip()
 
 
-def test_a_killed_sweep_is_closed_and_goes_on(cluster, small_corpus, tmp_path):
+def test_a_sweep_that_is_ended_or_killed_is_closed_and_goes_on(cluster, small_corpus, tmp_path):
     space = {"optim.lr": {"choice": [1e-3, 2e-3, 3e-3]}}
     file = sweep_file(small_corpus, tmp_path, space=space, search="grid", scheduler="fifo", concurrent=1, epochs=2)
     folder = tmp_path / "sweep"
     command = [sys.executable, "-m", "cel_dist", "sweep", str(file), "--address", cluster, "--json"]
-    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
-        wait_for(lambda: [one for one in read_outcomes(folder) if one.status == "finished"], 240)
-        wait_for(lambda: len(list(folder.glob("trials/*/1/mlflow_run_id.txt"))) == 2)
-        process.send_signal(signal.SIGKILL)
-    # Somebody closes the records, and the ranks end with the search.
-    wait_for(lambda: not ranks_below(folder), 60)
-    wait_for(lambda: {run.info.status for run in runs_in_mlflow(tmp_path)} == {"FINISHED", "KILLED"}, 60)
-    (finished,) = [one for one in read_outcomes(folder) if one.status == "finished"]
-    before = {path: path.stat().st_mtime_ns for path in (folder / "trials" / finished.id).rglob("*.jsonl")}
+
+    def finished() -> list[str]:
+        return [one.id for one in read_outcomes(folder) if one.status == "finished"]
+
+    def end_by(signum: int, number: int, *options: str) -> int:
+        """Start, wait until so many trials are over and the next one is recorded, and send the signal."""
+        with subprocess.Popen([*command, *options], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+            wait_for(lambda: len(finished()) == number, 240)
+            wait_for(lambda: len(list(folder.glob("trials/*/1/mlflow_run_id.txt"))) == number + 1)
+            process.send_signal(signum)
+        # Somebody closes the records, and the ranks end with the search.
+        wait_for(lambda: not ranks_below(folder), 60)
+        wait_for(lambda: {run.info.status for run in runs_in_mlflow(tmp_path)} == {"FINISHED", "KILLED"}, 60)
+        return process.returncode
+
+    def written() -> dict[Path, int]:
+        trials = [folder / "trials" / name for name in finished()]
+        return {path: path.stat().st_mtime_ns for trial in trials for path in trial.rglob("*.jsonl")}
+
+    assert end_by(signal.SIGTERM, 1) == 75
+    first = written()
+    assert end_by(signal.SIGKILL, 2, "--resume") == -signal.SIGKILL
+    second = written()
     refused = subprocess.run(command, capture_output=True, text=True, check=False)
     assert refused.returncode == 2
     assert "go on with --resume" in refused.stderr
-    done = subprocess.run([*command, "--resume"], capture_output=True, text=True, check=False)
+    done = subprocess.run([*command, "--resume", "--register", "found"], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout)
     assert [outcome["status"] for outcome in result["trials"]] == ["finished"] * 3
     assert {outcome["values"]["optim.lr"] for outcome in result["trials"]} == {1e-3, 2e-3, 3e-3}
-    assert {path: path.stat().st_mtime_ns for path in before} == before
+    # No trial that was over was touched again.
+    assert len(first) < len(second)
+    assert first.items() <= second.items()
+    assert second.items() <= written().items()
     assert {run.info.status for run in runs_in_mlflow(tmp_path)} == {"FINISHED"}
+    assert result["model_uri"] == "models:/found/1"
+    version = mlflow_of(tmp_path).get_model_version("found", "1")
+    assert version.run_id == Path(result["best"]["run_dir"], "mlflow_run_id.txt").read_text().strip()

@@ -44,4 +44,6 @@ def sweep(
             f"its configuration {result['files']['best']}, its model {best['run_dir']}/model, all trials "
             f"{result['files']['page']}"
         )
+        if result["model_uri"]:
+            text += f"\nregistered as {result['model_uri']}"
     emit(result, text, as_json=as_json)

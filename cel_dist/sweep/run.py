@@ -36,20 +36,24 @@ def run_sweep(
             its machines see the folder of the sweep and the data.
         resume: go on with what the folder has: trials that are over stay as they are, others go on from their newest
             checkpoints.
-        register_as: name in the registry of MLflow for the model of the best trial.
+        register_as: name in the registry of MLflow for the model of the best trial. `tracking.register_as` is for
+            runs by themselves.
 
     Returns:
-        Best value and trial, `run_dir` of it, importances, trials, files, and `model_uri` if registered.
+        Best trial, importances, all trials, the files by kind, and `model_uri`: of the registered model, or None.
 
     Raises:
         CelError: the folder has a sweep already, or none to go on with, or another one; data and settings do not fit.
         RunError: the cluster or a disk failed.
         PreemptedError: it was asked to end (SIGINT, SIGTERM).
     """
+    from cel_dist.tracking.registration import check_name
     from cel_dist.training.preflight import preflight
 
     # What would fail in every trial fails here, in seconds.
     first = sweep.of_trial({}, sweep.folder / "trials" / "first", "check")
+    if register_as is not None:
+        check_name(register_as)
     preflight(first, sweep.section.ranks, "auto")
     sweep.folder.mkdir(parents=True, exist_ok=True)
     with sole_writer(sweep.folder, "cel sweep"):
@@ -91,6 +95,7 @@ def _run(sweep: Sweep, is_resumed: bool, register_as: str | None) -> dict[str, A
     from cel_dist.sweep.trial import Job, runs_of, trial_folder
     from cel_dist.sweep.tuner import search
     from cel_dist.sweep.watcher import Watcher
+    from cel_dist.tracking.registration import register_model
 
     def runs(outcome: Any) -> list[Path]:
         return runs_of(trial_folder(sweep.folder, outcome.id))
@@ -126,7 +131,12 @@ def _run(sweep: Sweep, is_resumed: bool, register_as: str | None) -> dict[str, A
         "importances": summary.importances,
         "trials": [asdict(outcome) for outcome in read_outcomes(sweep.folder)],
         "files": {kind: str(path) for kind, path in summary.files.items()},
+        "model_uri": None,
     }
+    if register_as is not None and summary.best is not None and summary.best.run_dir is not None:
+        result["model_uri"] = register_model(
+            summary.best.run_dir, register_as, sweep.tracking_uri, experiment=sweep.base.tracking.experiment
+        )
     return result
 
 

@@ -65,8 +65,7 @@ def register_model(
         CelError: the source is no usable model, the name is not allowed, or the server does not answer.
         RunError: MLflow refuses the model. Nothing is registered then.
     """
-    if not name.strip() or set(name) & set("/:@"):
-        raise CelError(f"'{name}' cannot be a model's name; give one without '/', ':' and '@'")
+    check_name(name)
     where = resolve_uri(tracking_uri)
     # Before MLflow is asked: it makes a database where there is none.
     folder = model_folder_of(source, tracking_uri)
@@ -92,6 +91,12 @@ def register_model(
         with mlflow_errors(RunError, f"cannot register {source}", "try again"):
             model_id = model_id or store_model(client, folder, example, experiment_id=place, run_id=run_id)
             return add_version(client, where, model_id, name, description)
+
+
+def check_name(name: str) -> None:
+    """Raises CelError where the registry does not take the name, or MODEL could not tell it from an alias."""
+    if not name.strip() or set(name) & set("/:@"):
+        raise CelError(f"'{name}' cannot be a model's name; give one without '/', ':' and '@'")
 
 
 def store_model(
