@@ -52,9 +52,9 @@ def main() -> None:
                 measure(folder, "second", address, corpus, 1, 2),
             ]
     where = (
-        f"{os.cpu_count()} cores, {platform.machine()}, torch {version('torch')}, Ray {version('ray')}, gloo, trials of "
-        f"{RANKS} ranks of a thread each, one at a time, {corpus['train_utterances']} utterances an epoch in batches of "
-        f"{BATCH}, {options.epochs} epochs, ASHA after 1, 2, 4 ... epochs, the better half goes on; one run"
+        f"{os.cpu_count()} cores, {platform.machine()}, torch {version('torch')}, Ray {version('ray')}, gloo, trials "
+        f"of {RANKS} ranks of a thread each, one at a time, {corpus['train_utterances']} utterances an epoch in batches "
+        f"of {BATCH}, {options.epochs} epochs, ASHA after 1, 2, 4 ... epochs, the better half goes on; one run"
     )
     options.results.mkdir(parents=True, exist_ok=True)
     (options.results / "sweep.json").write_text(json.dumps({"where": where, "sweeps": sweeps}, indent=1) + "\n")
@@ -206,8 +206,8 @@ def page(where: str, sweeps: list[dict[str, Any]]) -> str:
     if freed:
         lines += [
             "",
-            f"From the word that a trial is stopped until its last process is gone: median {statistics.median(freed):.2f} "
-            f"s, most {max(freed):.2f} s, of {len(freed)}.",
+            "From the word that a trial is stopped until its last process is gone: median "
+            f"{statistics.median(freed):.2f} s, most {max(freed):.2f} s, of {len(freed)}.",
         ]
     return "\n".join(lines) + "\n"
 
