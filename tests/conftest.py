@@ -20,6 +20,7 @@ PROJECT = Path(__file__).resolve().parent.parent
 # wait by turns, so that they run beside each other.
 LONGEST = (
     "test_killed_runs",
+    "test_sweep",
     "test_cable",
     "test_finetuning",
     "test_stream_kills",
@@ -32,6 +33,7 @@ LONGEST = (
     "test_watchdog",
     "test_resuming",
     "test_service",
+    "test_export",
     "test_demo",
     "test_launch",
     "test_stages",

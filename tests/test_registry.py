@@ -2,6 +2,7 @@
 
 import io
 import json
+import logging
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -29,6 +30,9 @@ Cel = Callable[..., tuple[int, str, str]]
 
 @pytest.fixture
 def cel(capsys: pytest.CaptureFixture[str]) -> Cel:
+    # As in a process of its own, where nobody else has imported MLflow before and left it louder.
+    logging.getLogger("mlflow").setLevel(logging.WARNING)
+
     def call(*arguments: object) -> tuple[int, str, str]:
         code = run(["models", *map(str, arguments)])
         captured = capsys.readouterr()

@@ -1,7 +1,9 @@
 """What goes wrong in a run: found before it starts where that is possible, else the failure of all ranks at once."""
 
 import contextlib
+import errno
 import functools
+import io
 import math
 import os
 import re
@@ -24,6 +26,7 @@ from cel_dist.errors import CelError, RunError
 from cel_dist.launcher import Placement, launch
 from cel_dist.model import load_model
 from cel_dist.training.checkpoint import complete_checkpoints
+from cel_dist.training.checkpoint_store import save_into
 from cel_dist.training.start import find_start, signature
 
 
@@ -264,6 +267,23 @@ def test_a_last_checkpoint_that_does_not_fit_fails_the_run_and_leaves_the_others
         == checkpoint
     )
     assert load_model(checkpoint).description.training.step == 1
+
+
+class FullOnce(io.BytesIO):
+    """A file on a disk that another process makes room on, a moment too late."""
+
+    writes = 0
+
+    def write(self, data):
+        self.writes += 1
+        if self.writes == 3:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return super().write(data)
+
+
+def test_a_disk_that_is_full_for_one_write_is_told_as_that():
+    with pytest.raises(OSError, match="No space left"):
+        save_into({"weight": torch.zeros(100_000)}, FullOnce())
 
 
 def train_with_too_little_memory(config):

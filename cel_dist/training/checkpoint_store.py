@@ -22,7 +22,7 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 import torch.distributed as dist
@@ -287,11 +287,21 @@ def _write_files(folder: Path, content: dict[str, Any]) -> Files:
     for name, value in content.items():
         path = folder / name
         path.parent.mkdir(exist_ok=True)
-        # Given a name, torch tells of a full disk in words that do not say so.
         with path.open("wb") as file:
-            torch.save(value, file)
+            save_into(value, file)
         files[name] = _sealed(path)
     return files
+
+
+def save_into(value: Any, file: BinaryIO) -> None:
+    """`torch.save` that raises the OSError of the file. Given a name, torch tells of a full disk in words that do not
+    say so; given a file, it may, where the disk has room again for the end."""
+    try:
+        torch.save(value, file)
+    except RuntimeError as error:
+        if isinstance(error.__context__, OSError):
+            raise error.__context__ from None
+        raise
 
 
 def _sealed(path: Path) -> tuple[int, str]:
