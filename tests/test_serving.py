@@ -231,6 +231,10 @@ def test_a_model_goes_through_a_server_on_postgresql_to_another_process_and_is_s
             out = tmp_path / "pulled"
             assert run(["models", "pull", "models:/voices@champion", "--out", str(out), "--tracking-uri", uri]) == 0
             np.testing.assert_array_equal(load_model(out).embed(WAVES), expected)
+            monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+            np.testing.assert_array_equal(load_model("models:/voices@champion").embed(WAVES), expected)
+            [cached] = (tmp_path / "cache" / "models").iterdir()
+            assert (cached / "MLmodel").is_file()
             assert register_model("models:/voices/1", "voices", uri) == "models:/voices/2"
             assert promote("voices", 2, tracking_uri=uri).former == 1
             assert delete_version("voices", 1, uri) == [2]

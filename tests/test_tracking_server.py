@@ -12,17 +12,12 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-import numpy as np
 import pytest
-import torch
 from training_runs import records, train_job, write_config
 from worlds import run_world
 
 from cel_dist.config_file import load_config, parse_config
-from cel_dist.description import EncoderDescription, ModelDescription
 from cel_dist.distributed import free_port
-from cel_dist.encoders import build_encoder
-from cel_dist.model import SpeakerModel, load_model
 from cel_dist.tracking import Tracker
 from cel_dist.training.checkpoint import TrainState
 from cel_dist.training.records import Records
@@ -104,31 +99,6 @@ def recorded(run: Path) -> dict[tuple[str, int], tuple[float, int]]:
 def settings(uri: str, **tracking: object):
     tree = {"data": {"shards": "s"}, "augment": {"profile": 0}, "tracking": {"uri": uri, **tracking}}
     return parse_config(tree, "test")
-
-
-def test_a_model_goes_through_a_server_to_another_process(server: Server, tmp_path: Path) -> None:
-    torch.manual_seed(1)
-    encoder = build_encoder("fast_resnet34", embedding_dim=16)
-    description = ModelDescription(encoder=EncoderDescription(name="fast_resnet34", embedding_dim=16))
-    SpeakerModel(encoder, description).save(tmp_path / "model")
-    wave = np.random.default_rng(5).normal(0, 0.1, 29_040).astype(np.float32)
-    tracker = Tracker.start(settings(server.uri), tmp_path)
-    assert tracker.log_model(tmp_path / "model", wave, "remote") == "models:/remote/1"
-    tracker.finish()
-
-    np.save(tmp_path / "wave.npy", wave)
-    code = (
-        "import json, numpy, cel_dist; model = cel_dist.load_model('models:/remote@champion');"
-        "print(json.dumps(model.embed(numpy.load('wave.npy')).tolist()))"
-    )
-    environment = {**os.environ, "MLFLOW_TRACKING_URI": server.uri, "CEL_CACHE": str(tmp_path / "cache")}
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120
-    )
-    assert done.stderr == ""
-    np.testing.assert_array_equal(np.float32(json.loads(done.stdout)), load_model(tmp_path / "model").embed(wave))
-    [cached] = (tmp_path / "cache" / "models").iterdir()
-    assert (cached / "MLmodel").is_file()
 
 
 def write(run: Records, step: int) -> None:
