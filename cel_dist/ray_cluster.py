@@ -3,6 +3,7 @@
 import os
 import re
 import socket
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -32,6 +33,7 @@ def connected(address: str, cpus: int | None = None) -> Iterator[Any]:
     """
     # Before the import, which reads them. Telling Ray's makers of what users run is not this program's to decide.
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    _authenticate(address)
     # Ray tries again without end what its own watch over memory killed, whatever the retries of the task.
     os.environ.setdefault("RAY_task_oom_retries", str(RETRIES))
     try:
@@ -57,6 +59,16 @@ def connected(address: str, cpus: int | None = None) -> Iterator[Any]:
         yield ray
     finally:
         ray.shutdown()
+
+
+def _authenticate(address: str) -> None:
+    """Use Ray's token where there is one. `ray start` asks for it as soon as its file is there, as it is once any
+    cluster of this machine has run; a process that connects sends it only if it is told to, to whoever wants it."""
+    file = os.environ.get("RAY_AUTH_TOKEN_PATH") or os.path.expanduser("~/.ray/auth_token")
+    has_token = "RAY_AUTH_TOKEN" in os.environ or os.path.isfile(file)
+    # Ray has read its settings when it is imported; it makes a token for a cluster of its own.
+    if "ray" not in sys.modules and (has_token or address == "local"):
+        os.environ.setdefault("RAY_AUTH_MODE", "token")
 
 
 def _require_reachable(address: str) -> None:

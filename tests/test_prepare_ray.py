@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -19,6 +20,7 @@ from cel_dist.data.check import check_shards
 from cel_dist.data.prepare import prepare
 from cel_dist.data.ray_pool import run_jobs_on_ray
 from cel_dist.data.shard_jobs import ShardJob, build_shard_elsewhere
+from cel_dist.distributed import free_port
 from cel_dist.errors import CelError, RunError
 from cel_dist.ray_cluster import RETRIES
 
@@ -177,6 +179,30 @@ def test_the_command_line_starts_a_cluster_for_the_time(
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["samples"] == 20
     assert contents(out) == straight
+
+
+def test_a_cluster_that_wants_the_token_of_its_user_gets_it(corpus: Path, tmp_path: Path) -> None:
+    # As `ray start` does by itself once a cluster has run on the machine.
+    environment = {name: value for name, value in os.environ.items() if name != "RAY_AUTH_MODE"}
+    environment |= {"HOME": str(tmp_path), "RAY_USAGE_STATS_ENABLED": "0"}
+    (tmp_path / ".ray").mkdir()
+    (tmp_path / ".ray" / "auth_token").write_text("0123456789abcdef" * 4)
+    port, log = free_port(), tmp_path / "ray.log"
+    ray_start = [str(Path(sys.executable).with_name("ray")), "start", "--head", "--block", f"--port={port}"]
+    ray_start += ["--num-cpus=1", "--include-dashboard=false", f"--object-store-memory={80 << 20}"]
+    with log.open("wb") as output, subprocess.Popen(ray_start, stdout=output, stderr=output, env=environment) as head:
+        try:
+            while "Ray runtime started" not in log.read_text():
+                assert head.poll() is None, log.read_text()
+                time.sleep(0.1)
+            assert "Token authentication is enabled" in log.read_text()
+            command = [sys.executable, "-m", "cel_dist", "prepare", str(corpus), "--out", str(tmp_path / "out")]
+            command += ["--ray", f"127.0.0.1:{port}", "--json"]
+            done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+        finally:
+            head.terminate()
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["samples"] == 20
 
 
 def test_an_address_where_no_cluster_is_gives_one_line(
