@@ -53,8 +53,8 @@ def main() -> None:
             ]
     where = (
         f"{os.cpu_count()} cores, {platform.machine()}, torch {version('torch')}, Ray {version('ray')}, gloo, trials "
-        f"of {RANKS} ranks of a thread each, one at a time, {corpus['train_utterances']} utterances an epoch in batches "
-        f"of {BATCH}, {options.epochs} epochs, ASHA after 1, 2, 4 ... epochs, the better half goes on; one run"
+        f"of {RANKS} ranks of a thread each, one at a time, {corpus['train_utterances']} utterances an epoch in "
+        f"batches of {BATCH}, {options.epochs} epochs, ASHA after 1, 2, 4 ... epochs, the better half goes on; one run"
     )
     options.results.mkdir(parents=True, exist_ok=True)
     (options.results / "sweep.json").write_text(json.dumps({"where": where, "sweeps": sweeps}, indent=1) + "\n")
