@@ -1,5 +1,6 @@
 """What a sweep accepts, and the configuration that each trial gets."""
 
+import io
 import json
 import math
 import xml.etree.ElementTree as ElementTree
@@ -17,7 +18,7 @@ from cel_dist.sweep import plots
 from cel_dist.sweep.outcomes import Outcome, best_of, curve, read_outcomes, write_outcomes
 from cel_dist.sweep.settings import Sweep, load_sweep
 from cel_dist.sweep.summary import best_settings, importances
-from cel_dist.sweep.table import line
+from cel_dist.sweep.table import line, table
 
 PROJECT = Path(__file__).parent.parent
 
@@ -217,6 +218,23 @@ def test_a_line_says_what_has_happened():
     outcome = Outcome("t0", {"optim.lr": 0.00123456}, "running", 2.0, 0.25, 0.2)
     assert line(outcome, "started", "eer") == "trial t0: started with optim.lr=0.001235"
     assert line(outcome, "reported", "eer") == "trial t0: reported, epoch 2, eer 0.2500, best 0.2000"
+
+
+@pytest.mark.parametrize(("width", "heading"), [(80, "settings"), (160, "loss.similarity")])
+def test_the_table_fits_the_terminal(width, heading):
+    console = pytest.importorskip("rich.console").Console(width=width, file=io.StringIO())
+    names = ("loss.lambda_u", "loss.t", "loss.similarity", "optim.lr", "train.batch_size", "augment.profile")
+    values = dict(zip(names, (0.2687, 3.466, "angular_prototypical", 0.001424, 200, 3), strict=True))
+    outcomes = [Outcome("3f2a1_00000", values, "stopped", 3.0, 0.25, 0.2), Outcome("3f2a1_00001", values, "running")]
+    console.print(table(outcomes, 40, "eer", width))
+    lines = console.file.getvalue().splitlines()
+    assert max(map(len, lines)) <= width
+    assert heading in lines[2]
+    row = next(number for number, text in enumerate(lines) if "3f2a1_00000" in text)
+    assert {"stopped", "0.2500", "0.2000"} <= set(lines[row].split())
+    assert "angular_prototypical" in "".join("".join(lines[row:]).split())
+    assert "1 of 40" in lines[0]
+    assert table([], 40, "eer", width).row_count == 0
 
 
 def test_the_section_survives_yaml(small_corpus, tmp_path):

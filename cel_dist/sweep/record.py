@@ -117,8 +117,12 @@ class SweepRecord:
         run_id = noted.read_text().strip()
         if event is not None:
             self._client.set_tag(run_id, "sweep.outcome", event)
-        if self._client.get_run(run_id).info.status != "RUNNING" and not (run / UNSENT_FILE).exists():
+        known = self._client.get_run(run_id).info.status
+        if known != "RUNNING" and not (run / UNSENT_FILE).exists():
             return
+        if event is None and known in ("FAILED", "KILLED"):
+            # What only lacks a part does not become what it is not.
+            status = known
         Tracker.start(load_config(run.with_suffix(".yaml")), run).finish(status)
 
     def _safely(self, send: Callable[[], Any]) -> None:
