@@ -36,6 +36,9 @@ def connected(address: str, cpus: int | None = None) -> Iterator[Any]:
     _authenticate(address)
     # Ray tries again without end what its own watch over memory killed, whatever the retries of the task.
     os.environ.setdefault("RAY_task_oom_retries", str(RETRIES))
+    if address == "local" and "ray" not in sys.modules:
+        # What Ray does by itself in a cluster that it starts, and warns of.
+        os.environ.setdefault("RAY_AUTH_MODE", "token")
     try:
         import ray
         import ray.exceptions

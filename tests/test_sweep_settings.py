@@ -1,6 +1,8 @@
 """What a sweep accepts, and the configuration that each trial gets."""
 
+import io
 import json
+import math
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 from typing import Any
@@ -16,7 +18,7 @@ from cel_dist.sweep import plots
 from cel_dist.sweep.outcomes import Outcome, best_of, curve, read_outcomes, write_outcomes
 from cel_dist.sweep.settings import Sweep, load_sweep
 from cel_dist.sweep.summary import best_settings, importances
-from cel_dist.sweep.table import line
+from cel_dist.sweep.table import line, table
 
 PROJECT = Path(__file__).parent.parent
 
@@ -57,6 +59,10 @@ def test_a_trial_has_its_values_and_a_place_of_its_own(small_corpus, tmp_path, m
         ({"space": {"optim.lr": {}}}, "exactly one of"),
         ({"space": {}}, "at least 1 item"),
         ({"space": {"train.batch_size": {"choice": [8, 9]}}, "ranks": 2}, "batch_size=9 cannot be .* does not divide"),
+        ({"space": {"train.batch_size": {"integer": [8, 16]}}, "ranks": 2}, "batch_size=9 cannot be .* not divide"),
+        ({"space": {"train.batch_size": {"uniform": [8, 16]}}}, "batch_size=11.05.* cannot be searched"),
+        ({"gpus": 0.5, "ranks": 2}, "trials may share a GPU, the 2 ranks of one may not"),
+        ({"gpus": 2}, "'sweep.gpus'.*less than or equal to 1"),
         ({"search": "grid"}, r"sweep.space.optim.lr has no end"),
         ({"search": "grid", "space": {"loss.pairs": {"choice": ["pon"]}}, "trials": 3}, "leave out sweep.trials"),
         ({"search": "tpe", "scheduler": "pbt"}, "goes with sweep.search=random"),
@@ -88,6 +94,40 @@ def test_an_override_may_add_to_the_space(small_corpus, tmp_path):
     added = load_sweep(sweep_file(small_corpus, tmp_path), ["sweep.space.loss.t={uniform: [1, 3]}", "sweep.trials=5"])
     assert set(added.section.space) == {"optim.lr", "loss.pairs", "loss.t"}
     assert added.section.num_trials == 5
+
+
+def test_a_sweep_is_in_one_place_for_processes_with_other_working_folders(small_corpus, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    sweep = load_sweep(sweep_file(small_corpus, tmp_path), ["run.dir=runs/sweep", "tracking.uri=sqlite:///here.db"])
+    (tmp_path / "worker").mkdir()
+    monkeypatch.chdir(tmp_path / "worker")
+    assert sweep.folder == tmp_path / "runs/sweep"
+    assert sweep.tracking_uri == f"sqlite:///{tmp_path}/here.db"
+
+
+def test_ranks_that_fit_on_no_machine_are_refused():
+    pytest.importorskip("ray", reason="Ray is not installed: pip install 'cel_dist[sweep]'")
+    from cel_dist.sweep.ranks import bundles
+    from cel_dist.sweep.tuner import require_room
+
+    require_room(bundles(2, 1.0, 0.0), [{"CPU": 1.0}, {"CPU": 1.0}])
+    require_room(bundles(2, 1.0, 1.0), [{"CPU": 4.0}, {"CPU": 2.0, "GPU": 2.0}])
+    with pytest.raises(CelError, match="needs 4 CPUs, and the Ray cluster has 2"):
+        require_room(bundles(2, 2.0, 0.0), [{"CPU": 2.0}])
+    with pytest.raises(CelError, match=r"2.9 CPUs for one of them cannot be had on one machine; lower sweep\.cpus"):
+        require_room(bundles(1, 3.0, 0.0), [{"CPU": 2.0}, {"CPU": 2.0}])
+
+
+def test_the_reason_of_a_failure_is_of_this_attempt(tmp_path):
+    pytest.importorskip("ray", reason="Ray is not installed: pip install 'cel_dist[sweep]'")
+    from cel_dist.sweep.ranks import last_words
+
+    log = tmp_path / "1.log"
+    log.write_text("error: the disk was full\n")
+    begin = log.stat().st_size
+    assert last_words(log, 0, 1) == "the disk was full"
+    assert last_words(log, begin, -9) == "a rank was killed by SIGKILL"
+    assert last_words(log, begin, 1) == "a rank ended with code 1"
 
 
 def test_a_grid_has_every_combination(small_corpus, tmp_path):
@@ -129,6 +169,16 @@ def test_outcomes_are_read_as_written(small_corpus, tmp_path):
     assert read_outcomes(tmp_path) == []
     write_outcomes(tmp_path, outcomes)
     assert read_outcomes(tmp_path) == outcomes
+    (tmp_path / "trials.json").write_text((tmp_path / "trials.json").read_text()[:-20])
+    with pytest.raises(CelError, match="is damaged; remove it and go on with --resume"):
+        read_outcomes(tmp_path)
+
+
+def test_a_measurement_that_is_no_number_is_not_the_best():
+    outcome = Outcome("t0", {})
+    for eer in (math.nan, 0.3, 0.4, math.nan):
+        outcome.add({"epoch": 1, "eer": eer, "run_dir": "run"}, "eer")
+    assert outcome.best == 0.3
 
 
 def test_importance_is_of_what_makes_the_difference(small_corpus, tmp_path):
@@ -168,6 +218,23 @@ def test_a_line_says_what_has_happened():
     outcome = Outcome("t0", {"optim.lr": 0.00123456}, "running", 2.0, 0.25, 0.2)
     assert line(outcome, "started", "eer") == "trial t0: started with optim.lr=0.001235"
     assert line(outcome, "reported", "eer") == "trial t0: reported, epoch 2, eer 0.2500, best 0.2000"
+
+
+@pytest.mark.parametrize(("width", "heading"), [(80, "settings"), (160, "loss.similarity")])
+def test_the_table_fits_the_terminal(width, heading):
+    console = pytest.importorskip("rich.console").Console(width=width, file=io.StringIO())
+    names = ("loss.lambda_u", "loss.t", "loss.similarity", "optim.lr", "train.batch_size", "augment.profile")
+    values = dict(zip(names, (0.2687, 3.466, "angular_prototypical", 0.001424, 200, 3), strict=True))
+    outcomes = [Outcome("3f2a1_00000", values, "stopped", 3.0, 0.25, 0.2), Outcome("3f2a1_00001", values, "running")]
+    console.print(table(outcomes, 40, "eer", width))
+    lines = console.file.getvalue().splitlines()
+    assert max(map(len, lines)) <= width
+    assert heading in lines[2]
+    row = next(number for number, text in enumerate(lines) if "3f2a1_00000" in text)
+    assert {"stopped", "0.2500", "0.2000"} <= set(lines[row].split())
+    assert "angular_prototypical" in "".join("".join(lines[row:]).split())
+    assert "1 of 40" in lines[0]
+    assert table([], 40, "eer", width).row_count == 0
 
 
 def test_the_section_survives_yaml(small_corpus, tmp_path):

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from cel_dist.data.files import atomic_write
+from cel_dist.errors import CelError
 from cel_dist.tracking.recorded import EVALUATIONS, read_records
 
 TRIALS = "trials.json"
@@ -44,10 +45,15 @@ class Outcome:
     error: str | None = None
     origins: list[dict[str, Any]] = field(default_factory=list)
 
+    @property
+    def is_over(self) -> bool:
+        """Whether it stays as it is. One that failed is tried again by a sweep that goes on."""
+        return self.status in ("finished", "stopped")
+
     def add(self, result: Mapping[str, Any], metric: str) -> None:
-        """Take in an evaluation."""
+        """Take in an evaluation; one that is no number is not the best."""
         self.epoch, self.last = float(result["epoch"]), float(result[metric])
-        if self.best is None or self.last < self.best:
+        if self.last == self.last and (self.best is None or self.last < self.best):
             self.best, self.run_dir = self.last, str(result["run_dir"])
 
 
@@ -64,11 +70,20 @@ def write_outcomes(folder: Path, outcomes: Iterable[Outcome]) -> None:
 
 
 def read_outcomes(folder: Path) -> list[Outcome]:
-    """What `write_outcomes` left; nothing if there is none."""
+    """What `write_outcomes` left; nothing if there is none.
+
+    Raises:
+        CelError: the file is damaged.
+    """
+    path = folder / TRIALS
     try:
-        return [Outcome(**entry) for entry in json.loads((folder / TRIALS).read_text(encoding="utf-8"))]
+        return [Outcome(**entry) for entry in json.loads(path.read_text(encoding="utf-8"))]
     except FileNotFoundError:
         return []
+    except (ValueError, TypeError):
+        raise CelError(
+            f"{path} is damaged; remove it and go on with --resume, which makes it again from the runs"
+        ) from None
 
 
 def curve(runs: Iterable[Path], metric: str) -> list[tuple[float, float]]:

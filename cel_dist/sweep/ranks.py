@@ -5,6 +5,7 @@ Ray, which takes an actor away at once, takes the rank away with it.
 """
 
 import os
+import signal
 import subprocess
 import sys
 from collections import Counter
@@ -102,6 +103,8 @@ class Ranks:
         log: Path,
     ) -> None:
         self._log = log
+        # What former attempts said stays in the file.
+        self._begin = log.stat().st_size if log.exists() else 0
         self._actors: list[Any] = []
         self._codes: list[Any] = []
         try:
@@ -138,7 +141,7 @@ class Ranks:
         if failed:
             self.end()
             kind = CelError if 2 in failed else RunError
-            raise kind(f"{_last_words(self._log, failed[0])}; see {self._log}")
+            raise kind(f"{last_words(self._log, self._begin, failed[0])}; see {self._log}")
         return len(ended) == len(self._codes)
 
     def end(self) -> None:
@@ -170,18 +173,23 @@ def environments(places: list[Place], port: int) -> list[dict[str, str]]:
             "MASTER_ADDR": places[0].address,
             "MASTER_PORT": str(port),
         }
+        # Without any of its own a rank would take the first of the node, as those of all other trials.
         gpus = [gpu for other in places if other.node == place.node for gpu in other.gpus]
-        if gpus:
-            variables["CUDA_VISIBLE_DEVICES"] = ",".join(gpus)
+        variables["CUDA_VISIBLE_DEVICES"] = ",".join(gpus)
         before[place.node] += 1
         told.append(variables)
     return told
 
 
-def _last_words(log: Path, code: int) -> str:
+def last_words(log: Path, begin: int, code: int) -> str:
+    """Why ranks ended: the last error in their log from a place on, or what the exit code of one says."""
     try:
-        lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
+        with open(log, "rb") as file:
+            file.seek(begin)
+            lines = file.read().decode(errors="replace").splitlines()
     except OSError:
         lines = []
     said = [line for line in lines if line.startswith("error: ")]
-    return said[-1].removeprefix("error: ") if said else f"a rank ended with code {code}"
+    if said:
+        return said[-1].removeprefix("error: ")
+    return f"a rank was killed by {signal.Signals(-code).name}" if code < 0 else f"a rank ended with code {code}"

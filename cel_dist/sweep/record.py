@@ -16,6 +16,7 @@ from typing import Any, Literal
 
 from cel_dist.config_file import load_config
 from cel_dist.errors import CelError, RunError
+from cel_dist.sweep.guard import DONE
 from cel_dist.sweep.outcomes import ENDED, Outcome, best_of, read_outcomes
 from cel_dist.sweep.settings import Sweep
 from cel_dist.tracking import RUN_ID_FILE, UNSENT_FILE, Tracker
@@ -54,10 +55,14 @@ class SweepRecord:
             self._sender.submit(self._safely, partial(self._client.set_tag, self.run_id, f"sweep.{name}", str(value)))
         # Where this process is killed, somebody has to say so.
         self._guard = subprocess.Popen(
-            [sys.executable, "-m", "cel_dist.sweep.guard", str(sweep.folder), sweep.tracking_uri],
+            [sys.executable, "-m", "cel_dist.sweep.guard", str(sweep.folder)],
             stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
             start_new_session=True,
         )
+        assert self._guard.stdin is not None
+        self._guard.stdin.write(f"{sweep.tracking_uri}\n".encode())
+        self._guard.stdin.flush()
 
     def __call__(self, outcome: Outcome, event: str) -> None:
         """Take in what has happened to a trial."""
@@ -75,7 +80,7 @@ class SweepRecord:
             self._tracker.log_artifact(path)
         self._tracker.finish(status)
         if self._guard is not None:
-            self._guard.communicate(b"done")
+            self._guard.communicate(DONE.encode())
 
     def _take(self, outcome: Outcome, event: str, runs: list[Path]) -> None:
         if event == "reported":
@@ -112,8 +117,12 @@ class SweepRecord:
         run_id = noted.read_text().strip()
         if event is not None:
             self._client.set_tag(run_id, "sweep.outcome", event)
-        if self._client.get_run(run_id).info.status != "RUNNING" and not (run / UNSENT_FILE).exists():
+        known = self._client.get_run(run_id).info.status
+        if known != "RUNNING" and not (run / UNSENT_FILE).exists():
             return
+        if event is None and known in ("FAILED", "KILLED"):
+            # What only lacks a part does not become what it is not.
+            status = known
         Tracker.start(load_config(run.with_suffix(".yaml")), run).finish(status)
 
     def _safely(self, send: Callable[[], Any]) -> None:

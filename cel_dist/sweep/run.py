@@ -2,7 +2,6 @@
 
 import logging
 import os
-import shutil
 import signal
 import threading
 from collections.abc import Iterator
@@ -12,15 +11,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 from cel_dist.data.files import atomic_write, sole_writer
-from cel_dist.errors import CelError, PreemptedError
+from cel_dist.errors import CelError, PreemptedError, RunError
 from cel_dist.launcher.nodes import FORWARDED
 from cel_dist.ray_cluster import connected
 from cel_dist.sweep.outcomes import ENDED, read_outcomes
-from cel_dist.sweep.settings import Sweep
+from cel_dist.sweep.settings import RESOLVED, Sweep
 
 logger = logging.getLogger(__name__)
-
-_RESOLVED = "sweep.yaml"
 
 
 def run_sweep(
@@ -44,31 +41,43 @@ def run_sweep(
 
     Raises:
         CelError: the folder has a sweep already, or none to go on with, or another one; data and settings do not fit.
-        RunError: the cluster or a disk failed.
+        RunError: the cluster or a disk failed, or all trials.
         PreemptedError: it was asked to end (SIGINT, SIGTERM).
     """
     from cel_dist.tracking.registration import check_name
     from cel_dist.training.preflight import preflight
 
-    # What would fail in every trial fails here, in seconds.
-    first = sweep.of_trial({}, sweep.folder / "trials" / "first", "check")
-    if register_as is not None:
-        check_name(register_as)
-    preflight(first, sweep.section.ranks, "auto")
-    sweep.folder.mkdir(parents=True, exist_ok=True)
-    with sole_writer(sweep.folder, "cel sweep"):
-        is_resumed = _prepare(sweep, resume)
-        with connected(address):
-            return _run(sweep, is_resumed, register_as)
+    if address.startswith("ray://"):
+        raise CelError(f"--address {address}: a sweep does not go through Ray's client; give HOST:PORT, or auto")
+    try:
+        with _interruptible():
+            # What would fail in every trial fails here, in seconds.
+            first = sweep.of_trial({}, sweep.folder / "trials" / "first", "check")
+            if register_as is not None:
+                check_name(register_as)
+            preflight(first, sweep.section.ranks, "auto")
+            sweep.folder.mkdir(parents=True, exist_ok=True)
+            with sole_writer(sweep.folder, "cel sweep"):
+                _prepare(sweep, resume)
+                # Ray takes SIGTERM for itself when it starts.
+                with connected(address), _interruptible():
+                    return _run(sweep, register_as)
+    except (KeyboardInterrupt, SystemExit):
+        raise PreemptedError(_asked_to_end(sweep)) from None
 
 
-def _prepare(sweep: Sweep, resume: bool) -> bool:
-    """Check that the folder is what `resume` says, and note the search in it; returns whether there is one to go on."""
+def _asked_to_end(sweep: Sweep) -> str:
+    if not (sweep.folder / RESOLVED).exists():
+        return "the sweep was asked to end before it began"
+    return f"the sweep was asked to end and did; go on with --resume, its folder is {sweep.folder}"
+
+
+def _prepare(sweep: Sweep, resume: bool) -> None:
+    """Check that the folder is what `resume` says, and note the search in it."""
     from cel_dist.config_file import dump_config
     from cel_dist.sweep.section import SweepConfig
-    from cel_dist.sweep.tuner import STATE
 
-    noted = sweep.folder / _RESOLVED
+    noted = sweep.folder / RESOLVED
     text = dump_config(SweepConfig(**dict(sweep.base), sweep=sweep.section))
     if noted.exists():
         if not resume:
@@ -81,14 +90,9 @@ def _prepare(sweep: Sweep, resume: bool) -> bool:
         raise CelError(f"{sweep.folder} has no sweep to go on with; leave out --resume, or name its run.dir")
     with atomic_write(noted) as file:
         file.write(text.encode())
-    has_state = any((sweep.folder / STATE).glob("experiment_state-*.json"))
-    if not has_state:
-        # Nothing had come so far that Ray could go on with it.
-        shutil.rmtree(sweep.folder / STATE, ignore_errors=True)
-    return has_state
 
 
-def _run(sweep: Sweep, is_resumed: bool, register_as: str | None) -> dict[str, Any]:
+def _run(sweep: Sweep, register_as: str | None) -> dict[str, Any]:
     from cel_dist.sweep.record import SweepRecord
     from cel_dist.sweep.summary import summarise
     from cel_dist.sweep.table import live_table
@@ -105,23 +109,35 @@ def _run(sweep: Sweep, is_resumed: bool, register_as: str | None) -> dict[str, A
     files: list[Path] = []
     try:
         watcher = Watcher(sweep.folder, sweep.section, [record])
-        job = Job(sweep, record.run_id, os.getcwd(), _forwarded())
-        with (
-            _interruptible(),
-            live_table(watcher.outcomes, sweep.section.num_trials, sweep.section.metric) as draw,
-        ):
+        former = list(watcher.outcomes.values())
+        over = frozenset(outcome.id for outcome in former if outcome.is_over)
+        job = Job(sweep, record.run_id, os.getcwd(), _forwarded(), over)
+        known = None
+        with live_table(watcher.outcomes, sweep.section.num_trials, sweep.section.metric) as draw:
             watcher.listen(draw)
-            search(job, [watcher], is_resumed=is_resumed)
-        watcher.leave()
+            try:
+                known = search(job, [watcher], former)
+            finally:
+                watcher.leave(known)
         outcomes = list(watcher.outcomes.values())
         summary = summarise(sweep, outcomes, {outcome.id: runs(outcome) for outcome in outcomes})
         files = list(summary.files.values())
         if len(outcomes) < sweep.section.num_trials or any(outcome.status not in ENDED for outcome in outcomes):
-            status = "KILLED"
-            raise PreemptedError(
-                f"the sweep was asked to end and did; go on with --resume, its folder is {sweep.folder}"
+            raise PreemptedError(_asked_to_end(sweep))
+        if summary.best is None:
+            raise RunError(
+                f"all {len(outcomes)} trials failed, the last one of: {outcomes[-1].error}; put that right and go on "
+                f"with --resume, their logs are in {sweep.folder / 'trials'}"
             )
         status = "FINISHED"
+    except (KeyboardInterrupt, PreemptedError):
+        status = "KILLED"
+        raise
+    except OSError as error:
+        raise RunError(
+            f"cannot write {sweep.folder}: {(error.strerror or str(error)).lower()}; put that right and go on with "
+            "--resume"
+        ) from None
     finally:
         record.finish(status, files)
     result: dict[str, Any] = {

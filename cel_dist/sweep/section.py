@@ -10,6 +10,10 @@ from typing_extensions import Self
 from cel_dist.config import Config
 from cel_dist.config_sections import Positive, Real, Section, Whole
 
+# More whole numbers than these are not tried one by one.
+_MOST_POINTS = 256
+_GOLDEN = 0.381966
+
 
 class Parameter(Section):
     """The values that a setting may take: exactly one of these."""
@@ -44,9 +48,14 @@ class Parameter(Section):
         return bounds
 
     @property
-    def extremes(self) -> tuple[Any, ...]:
-        """Values by which it is known whether a configuration takes all: those of a choice, or the bounds."""
-        return self.choice or self.bounds
+    def samples(self) -> tuple[Any, ...]:
+        """Values by which it is known whether a configuration takes all: every one of a choice or of a short range of
+        whole numbers, else the bounds and what lies between them, which is no whole number."""
+        if self.points is not None and len(self.points) <= _MOST_POINTS:
+            return self.points
+        low, high = self.bounds
+        between = low + (high - low) * _GOLDEN
+        return (low, high, round(between) if self.integer is not None else between)
 
     def drawn(self, value: Any) -> Any:
         """A value from what a searcher calls it: one that is not a number, a word or nothing goes by its JSON, and
@@ -105,8 +114,8 @@ class SweepSection(Section):
     """Ranks of a trial."""
     cpus: Annotated[Real, Field(ge=0.25)] = 1.0
     """Cores of a rank, and of the readers that it has."""
-    gpus: Annotated[Real, Field(ge=0)] = 0.0
-    """GPUs of a rank: a whole number, or a part of one that several trials share."""
+    gpus: Annotated[Real, Field(ge=0, le=1)] = 0.0
+    """GPUs of a rank: 1, or, for trials of one rank, the part of one that several trials share; 0 trains on cores."""
     concurrent: Positive | None = None
     """Most trials at once. Default: as many as there is room for."""
     retries: Annotated[Whole, Field(ge=0)] = 2
@@ -141,13 +150,23 @@ class SweepSection(Section):
             is_set = getattr(self, name) != type(self).model_fields[name].default
             if is_set and self.scheduler not in schedulers:
                 raise ValueError(f"sweep.{name} is not used with sweep.scheduler={self.scheduler}; leave it out")
-        if self.gpus > 1 and self.gpus != int(self.gpus):
-            raise ValueError(f"sweep.gpus={self.gpus}: above 1 it is a whole number")
+        if self.ranks > 1 and 0 < self.gpus < 1:
+            raise ValueError(
+                f"sweep.gpus={self.gpus}: trials may share a GPU, the {self.ranks} ranks of one may not; set "
+                "sweep.gpus=1 or sweep.ranks=1"
+            )
         return self
 
     def values_of(self, drawn: Mapping[str, Any]) -> dict[str, Any]:
         """Settings by their paths, from what a searcher has drawn."""
         return {setting: parameter.drawn(drawn[setting]) for setting, parameter in self.space.items()}
+
+    def drawn_as(self, values: Mapping[str, Any]) -> dict[str, Any]:
+        """What a searcher calls these settings; undoes `values_of`."""
+        return {
+            setting: parameter.name_of(values[setting]) if parameter.choice else values[setting]
+            for setting, parameter in self.space.items()
+        }
 
     @property
     def num_trials(self) -> int:

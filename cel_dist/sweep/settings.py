@@ -19,6 +19,9 @@ from cel_dist.training.start import FIXED
 Values = Mapping[str, Any]
 """Settings of a trial by their dotted paths."""
 
+RESOLVED = "sweep.yaml"
+"""File in the folder of a sweep with all of its settings."""
+
 _NOT_SEARCHED = ("run", "tracking", "checkpoint")
 
 
@@ -30,23 +33,15 @@ class Sweep:
         section: what is searched, and how.
         base: the configuration that trials have in common; its `run.dir` is the folder of the sweep.
         settings: the same, as sections within each other.
+        folder: where the sweep lives, as all processes call it, whatever their working folders.
+        tracking_uri: the tracking server or database, the same.
     """
 
     section: SweepSection
     base: Config
     settings: Mapping[str, Any]
-
-    @property
-    def folder(self) -> Path:
-        """Where the sweep lives."""
-        return self.base.run.dir.absolute()
-
-    @property
-    def tracking_uri(self) -> str:
-        """The tracking server or database, such that it means the same in other working folders."""
-        uri = resolve_uri(self.base.tracking.uri)
-        database = sqlite_file(uri)
-        return f"sqlite:///{database}" if database else uri
+    folder: Path
+    tracking_uri: str
 
     def of_trial(self, values: Values, run_dir: Path, name: str, parent_run: str | None = None) -> Config:
         """The configuration of a run of a trial.
@@ -92,12 +87,17 @@ def load_sweep(path: Path, overrides: Iterable[str] = ()) -> Sweep:
     section = parse_as(SweepConfig, tree, str(path)).sweep
     settings = {name: value for name, value in tree.items() if name != "sweep"}
     base = parse_config(settings, str(path))
-    sweep = Sweep(section, base, settings)
+    sweep = Sweep(section, base, settings, base.run.dir.absolute(), _absolute(resolve_uri(base.tracking.uri)))
     if base.eval.trials is None:
         raise CelError(f"a sweep compares trials by sweep.metric={section.metric}; set eval.trials and eval.root")
     for setting, parameter in section.space.items():
         _check(sweep, setting, parameter)
     return sweep
+
+
+def _absolute(uri: str) -> str:
+    database = sqlite_file(uri)
+    return f"sqlite:///{database}" if database else uri
 
 
 def _check(sweep: Sweep, setting: str, parameter: Parameter) -> None:
@@ -112,7 +112,7 @@ def _check(sweep: Sweep, setting: str, parameter: Parameter) -> None:
         raise CelError(
             f"{where}: a run cannot change {setting} on its way, which sweep.scheduler=pbt does; take another scheduler"
         )
-    for value in parameter.extremes:
+    for value in parameter.samples:
         try:
             sweep.of_trial({setting: value}, sweep.folder, "check")
         except CelError as error:

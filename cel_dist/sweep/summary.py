@@ -97,10 +97,7 @@ def importances(section: SweepSection, outcomes: Sequence[Outcome]) -> dict[str,
     study = optuna.create_study(direction="minimize")
     distributions = {setting: distribution(parameter) for setting, parameter in section.space.items()}
     for outcome in measured:
-        values = {
-            setting: section.space[setting].name_of(value) if section.space[setting].choice else value
-            for setting, value in outcome.values.items()
-        }
+        values = section.drawn_as(outcome.values)
         study.add_trial(optuna.trial.create_trial(params=values, distributions=distributions, value=outcome.best))
     evaluator = optuna.importance.PedAnovaImportanceEvaluator()
     return {

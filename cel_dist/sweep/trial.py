@@ -21,7 +21,7 @@ from cel_dist.data.files import atomic_write
 from cel_dist.errors import RunError
 from cel_dist.launcher.restarts import wait_until_released
 from cel_dist.sweep.ranks import Ranks, bundles
-from cel_dist.sweep.settings import Sweep
+from cel_dist.sweep.settings import RESOLVED, Sweep
 from cel_dist.tracking.recorded import EVALUATIONS, read_records
 from cel_dist.training.checkpoint import complete_checkpoints
 
@@ -38,12 +38,14 @@ class Job:
         parent_run: MLflow run of the sweep.
         working_folder: of the command, to which paths in the configuration are relative.
         environment: variables for all ranks.
+        over: trials that are over, which only tell again what they reached if they are asked.
     """
 
     sweep: Sweep
     parent_run: str | None
     working_folder: str
     environment: Mapping[str, str]
+    over: frozenset[str] = frozenset()
 
 
 def trial_folder(sweep_folder: Path, trial_id: str) -> Path:
@@ -64,7 +66,6 @@ class Trial(tune.Trainable):  # type: ignore[misc]
         """Look at what is there of the trial; nothing is started yet: Ray may have a checkpoint to begin from."""
         self._job, self._values = job, job.sweep.section.values_of(config)
         self._folder = trial_folder(job.sweep.folder, self.trial_id)
-        self._folder.mkdir(parents=True, exist_ok=True)
         self._inherited: Path | None = None
         self._origin: dict[str, Any] | None = None
         self._run_dir: Path | None = None
@@ -74,6 +75,8 @@ class Trial(tune.Trainable):  # type: ignore[misc]
 
     def step(self) -> dict[str, Any]:
         """Wait for the next evaluation, or the end of the run."""
+        if self.trial_id in self._job.over and self._is_own():
+            return self._told_again()
         if self._run_dir is None:
             self._start()
         assert self._ranks is not None
@@ -87,6 +90,18 @@ class Trial(tune.Trainable):  # type: ignore[misc]
                 if self._last is None:
                     raise RunError(f"the run has no evaluation after its first step; see {self._run_dir}")
                 return {RESULT_DUPLICATE: True, DONE: True, **self._last}
+
+    def _is_own(self) -> bool:
+        """Whether the trial of this name began with these settings."""
+        runs = runs_of(self._folder)
+        return bool(runs) and json.loads(runs[0].with_suffix(_ABOUT).read_text())["values"] == self._values
+
+    def _told_again(self) -> dict[str, Any]:
+        self._run_dir = runs_of(self._folder)[-1]
+        record = self._next_record()
+        if record is None and self._last is None:
+            raise RunError(f"the run has no evaluation after its first step; see {self._run_dir}")
+        return record or {RESULT_DUPLICATE: True, DONE: True, **(self._last or {})}
 
     def _next_record(self) -> dict[str, Any] | None:
         assert self._run_dir is not None
@@ -102,6 +117,12 @@ class Trial(tune.Trainable):  # type: ignore[misc]
 
     def _start(self) -> None:
         sweep = self._job.sweep
+        if not (sweep.folder / RESOLVED).exists():
+            raise RunError(
+                f"the machine {ray.util.get_node_ip_address()} of the Ray cluster does not see {sweep.folder}; all of "
+                "its machines need the folder of the sweep and the data, under the same paths"
+            )
+        self._folder.mkdir(parents=True, exist_ok=True)
         self._run_dir = run_dir = self._find_run()
         config = sweep.of_trial(
             self._values, run_dir, f"{sweep.folder.name}-{self.trial_id}.{run_dir.name}", self._job.parent_run

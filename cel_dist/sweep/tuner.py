@@ -3,8 +3,9 @@
 import logging
 import os
 import pickle
+import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +23,10 @@ from ray.tune.search import BasicVariantGenerator, ConcurrencyLimiter, SearchAlg
 
 from cel_dist.errors import CelError, RunError
 from cel_dist.ray_cluster import first_line
+from cel_dist.sweep.outcomes import Outcome
 from cel_dist.sweep.ranks import bundles
 from cel_dist.sweep.section import Parameter, SweepSection
+from cel_dist.sweep.state import is_sound
 from cel_dist.sweep.trial import Job, Trial
 
 logger = logging.getLogger(__name__)
@@ -35,13 +38,14 @@ STATE = "tune"
 _STATE_SECONDS = "2"
 
 
-def search(job: Job, callbacks: Sequence[Callback], *, is_resumed: bool) -> list[Any]:
+def search(job: Job, callbacks: Sequence[Callback], former: Sequence[Outcome] = ()) -> list[Any]:
     """Run all trials; returns them as Ray knows them. Needs a connection to a cluster.
 
     Args:
         job: the sweep.
         callbacks: told what happens.
-        is_resumed: whether to go on with what `STATE` has.
+        former: the trials of a sweep that goes on. It does with what Ray's record has; where there is none, or a
+            damaged one, the trials that are over are told to a new one.
 
     Raises:
         CelError: a trial needs more than the cluster has.
@@ -49,12 +53,25 @@ def search(job: Job, callbacks: Sequence[Callback], *, is_resumed: bool) -> list
     """
     section = job.sweep.section
     shares = bundles(section.ranks, section.cpus, section.gpus)
-    _require_room(section, shares)
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    require_room(shares, nodes)
+    num_gpus = sum(node.get("GPU", 0.0) for node in nodes)
+    if num_gpus and not section.gpus:
+        logger.warning("the Ray cluster has %g GPUs, and trials use none of them; set sweep.gpus=1", num_gpus)
+    state = job.sweep.folder / STATE
+    is_resumed = is_sound(state, section)
+    if not is_resumed:
+        shutil.rmtree(state, ignore_errors=True)
+    searcher, num_samples = _searcher(section, [] if is_resumed else former)
     os.environ["TUNE_GLOBAL_CHECKPOINT_S"] = _STATE_SECONDS
     # Its own files for TensorBoard and spreadsheets: a sweep has its own records.
     os.environ["TUNE_DISABLE_AUTO_CALLBACK_LOGGERS"] = "1"
     os.environ["RAY_AIR_NEW_OUTPUT"] = "0"
+    # Pages of traceback of what is told in a line.
+    os.environ["TUNE_PRINT_ALL_TRIAL_ERRORS"] = "0"
     logging.getLogger("ray.tune").setLevel(logging.ERROR)
+    # Which trials failed or are left is told from the outcomes.
+    logging.getLogger("ray.tune.tune").addFilter(_is_news)
     scheduler = _scheduler(job)
     try:
         outcome = tune.run(
@@ -67,8 +84,8 @@ def search(job: Job, callbacks: Sequence[Callback], *, is_resumed: bool) -> list
             if section.search == "tpe"
             else {key: _domain(value, section) for key, value in section.space.items()},
             resources_per_trial=tune.PlacementGroupFactory(shares, strategy="PACK"),
-            num_samples=1 if section.search == "grid" else section.num_trials,
-            search_alg=_searcher(section),
+            num_samples=num_samples,
+            search_alg=searcher,
             scheduler=scheduler,
             max_failures=section.retries,
             raise_on_failed_trial=False,
@@ -79,6 +96,10 @@ def search(job: Job, callbacks: Sequence[Callback], *, is_resumed: bool) -> list
     except ray.exceptions.RayError as error:
         raise RunError(f"the Ray cluster was lost: {first_line(error)}; go on with 'cel sweep --resume'") from None
     return list(outcome.trials)
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    return not record.getMessage().startswith("Trials did not complete")
 
 
 def _domain(parameter: Parameter, section: SweepSection) -> Any:
@@ -94,9 +115,14 @@ def _domain(parameter: Parameter, section: SweepSection) -> Any:
     return tune.uniform(low, high) if parameter.uniform is not None else tune.loguniform(low, high)
 
 
-def _searcher(section: SweepSection) -> Searcher | SearchAlgorithm:
+def _searcher(section: SweepSection, former: Sequence[Outcome]) -> tuple[Searcher | SearchAlgorithm, int]:
+    """What draws settings, after it was told what is known of former trials, and how often it is to draw."""
     if section.search != "tpe":
-        return BasicVariantGenerator(random_state=section.seed, max_concurrent=section.concurrent or 0)
+        variants = BasicVariantGenerator(random_state=section.seed, max_concurrent=section.concurrent or 0)
+        if former:
+            # The same seed draws the same settings; with the same names they find the runs that are there.
+            variants._uuid_prefix = former[0].id.rpartition("_")[0] + "_"
+        return variants, 1 if section.search == "grid" else section.num_trials
     try:
         import optuna
     except ImportError:
@@ -104,13 +130,19 @@ def _searcher(section: SweepSection) -> Searcher | SearchAlgorithm:
     from ray.tune.search.optuna import OptunaSearch
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
+    over = [outcome for outcome in former if outcome.is_over]
     searcher = OptunaSearch(
         {setting: distribution(parameter) for setting, parameter in section.space.items()},
         metric=section.metric,
         mode="min",
         sampler=optuna.samplers.TPESampler(seed=section.seed, multivariate=True),
+        points_to_evaluate=[section.drawn_as(outcome.values) for outcome in former if not outcome.is_over],
     )
-    return ConcurrencyLimiter(searcher, section.concurrent) if section.concurrent else searcher
+    for outcome in over:
+        if outcome.last is not None:
+            searcher.add_evaluated_point(section.drawn_as(outcome.values), outcome.last)
+    limited = ConcurrencyLimiter(searcher, section.concurrent) if section.concurrent else searcher
+    return limited, section.num_trials - len(over)
 
 
 def distribution(parameter: Parameter) -> Any:
@@ -181,13 +213,33 @@ class _Rungs(Callback):  # type: ignore[misc]
         self._scheduler.__dict__.update(pickle.loads(state["asha"]))
 
 
-def _require_room(section: SweepSection, shares: list[dict[str, float]]) -> None:
-    """Raise CelError where no trial could ever start: Ray would wait for more machines, without end."""
-    there = ray.cluster_resources()
+def require_room(shares: list[dict[str, float]], nodes: Sequence[Mapping[str, float]]) -> None:
+    """Check that a trial could start if nothing else ran; Ray would wait for more machines, without end.
+
+    Args:
+        shares: bundles of a trial; each lies on one machine.
+        nodes: resources of the machines.
+
+    Raises:
+        CelError: it could not.
+    """
     for kind in ("CPU", "GPU"):
-        needed, available = sum(share.get(kind, 0.0) for share in shares), there.get(kind, 0.0)
+        needed, available = (sum(one.get(kind, 0.0) for one in those) for those in (shares, nodes))
         if needed > available + 1e-6:
             raise CelError(
-                f"a trial of {section.ranks} ranks needs {needed:g} {kind}s, and the Ray cluster has {available:g}; "
+                f"a trial of {len(shares) - 1} ranks needs {needed:g} {kind}s, and the Ray cluster has {available:g}; "
                 f"lower sweep.ranks or sweep.{kind.lower()}s, or name a larger cluster with --address"
             )
+    free = [dict(node) for node in nodes]
+    for share in sorted(shares, key=lambda share: -share["CPU"]):
+        fitting = [node for node in free if all(node.get(kind, 0.0) > there - 1e-6 for kind, there in share.items())]
+        if not fitting:
+            what = " and ".join(f"{there:g} {kind}s" for kind, there in share.items())
+            raise CelError(
+                f"the {len(shares) - 1} ranks of a trial do not fit on the {len(nodes)} machines of the Ray cluster, "
+                f"where {what} for one of them cannot be had on one machine; lower sweep.cpus or sweep.ranks, or name "
+                "another cluster with --address"
+            )
+        node = min(fitting, key=lambda node: node["CPU"])
+        for kind, there in share.items():
+            node[kind] -= there

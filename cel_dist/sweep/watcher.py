@@ -1,15 +1,18 @@
 """What happens in a search, told to whoever wants to know: the table, the record in MLflow, the file of outcomes."""
 
 import json
+import pickle
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from ray.tune import Callback
 
-from cel_dist.sweep.outcomes import Outcome, read_outcomes, write_outcomes
+from cel_dist.sweep.outcomes import ENDED, Outcome, read_outcomes, write_outcomes
 from cel_dist.sweep.section import SweepSection
 from cel_dist.sweep.trial import runs_of, trial_folder
+from cel_dist.tracking.recorded import EVALUATIONS, read_records
+from cel_dist.training.result import SUMMARY
 
 Listener = Callable[[Outcome, str], None]
 """Told a trial and what has happened to it: `started`, `reported`, `recovering`, or its new status."""
@@ -30,6 +33,7 @@ class Watcher(Callback):  # type: ignore[misc]
     def __init__(self, folder: Path, section: SweepSection, listeners: Sequence[Listener]) -> None:
         self._folder, self._section, self._listeners = folder, section, list(listeners)
         self.outcomes: dict[str, Outcome] = {outcome.id: outcome for outcome in read_outcomes(folder)}
+        self._pause()
 
     def listen(self, listener: Listener) -> None:
         """Tell one more of what happens."""
@@ -60,7 +64,7 @@ class Watcher(Callback):  # type: ignore[misc]
         outcome = self._of(trial)
         # A run that has reached its end says so.
         run_dir = Path(trial.last_result.get("run_dir", outcome.run_dir or ""))
-        outcome.status = "finished" if (run_dir / "summary.json").exists() else "stopped"
+        outcome.status = "finished" if (run_dir / SUMMARY).exists() else "stopped"
         self._tell(outcome, outcome.status)
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
@@ -76,12 +80,40 @@ class Watcher(Callback):  # type: ignore[misc]
         outcome.error = _reason(trial)
         self._tell(outcome, "recovering")
 
-    def leave(self) -> None:
-        """Note that what is still under way goes on another time."""
+    def leave(self, trials: Sequence[Any] | None) -> None:
+        """Note that what is still under way goes on another time.
+
+        Args:
+            trials: all that Ray knows; None if it did not come to tell. Ray may not know one that began just before a
+                sweep was killed: its settings are drawn again, for another trial.
+        """
+        self._pause()
+        if trials is not None:
+            known = {trial.trial_id for trial in trials}
+            for name in [outcome.id for outcome in self.outcomes.values() if outcome.status not in ENDED]:
+                if name not in known:
+                    del self.outcomes[name]
+            for trial in trials:
+                if trial.trial_id not in self.outcomes:
+                    self._recover(trial)
+        write_outcomes(self._folder, self.outcomes.values())
+
+    def _pause(self) -> None:
         for outcome in self.outcomes.values():
             if outcome.status == "running":
                 outcome.status = "paused"
-        write_outcomes(self._folder, self.outcomes.values())
+
+    def _recover(self, trial: Any) -> None:
+        """An outcome that nothing was noted of, from the runs of the trial."""
+        outcome = self._of(trial)
+        for run in self.runs(outcome):
+            for evaluation in read_records(run / EVALUATIONS):
+                if evaluation["step"] > 0 and self._section.metric in evaluation:
+                    outcome.add({**evaluation, "run_dir": str(run)}, self._section.metric)
+            is_finished = (run / SUMMARY).exists()
+            outcome.status = "finished" if is_finished else "stopped"
+        if trial.status != trial.TERMINATED:
+            outcome.status = "failed" if trial.status == trial.ERROR else "paused"
 
     def runs(self, outcome: Outcome) -> list[Path]:
         """The run folders of a trial."""
@@ -98,7 +130,9 @@ class Watcher(Callback):  # type: ignore[misc]
 
 def _reason(trial: Any) -> str:
     """What a trial failed of, in a line."""
-    error: Any = trial.get_pickled_error() if trial.pickled_error_file else None
+    # `Trial.get_pickled_error` looks where Ray will have copied the file to some seconds later.
+    noted = trial.pickled_error_file
+    error: Any = pickle.loads(Path(noted).read_bytes()) if noted and Path(noted).exists() else None
     while getattr(error, "cause", None) is not None:
         error = error.cause
     text = str(error).strip() if error is not None else "no reason given"
