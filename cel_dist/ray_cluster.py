@@ -36,9 +36,6 @@ def connected(address: str, cpus: int | None = None) -> Iterator[Any]:
     _authenticate(address)
     # Ray tries again without end what its own watch over memory killed, whatever the retries of the task.
     os.environ.setdefault("RAY_task_oom_retries", str(RETRIES))
-    if address == "local" and "ray" not in sys.modules:
-        # What Ray does by itself in a cluster that it starts, and warns of.
-        os.environ.setdefault("RAY_AUTH_MODE", "token")
     try:
         import ray
         import ray.exceptions
@@ -69,7 +66,7 @@ def _authenticate(address: str) -> None:
     cluster of this machine has run; a process that connects sends it only if it is told to, to whoever wants it."""
     file = os.environ.get("RAY_AUTH_TOKEN_PATH") or os.path.expanduser("~/.ray/auth_token")
     has_token = "RAY_AUTH_TOKEN" in os.environ or os.path.isfile(file)
-    # Ray has read its settings when it is imported; it makes a token for a cluster of its own.
+    # Ray has read its settings when it is imported. In a cluster of its own it does this by itself, and warns of it.
     if "ray" not in sys.modules and (has_token or address == "local"):
         os.environ.setdefault("RAY_AUTH_MODE", "token")
 
