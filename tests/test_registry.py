@@ -305,11 +305,38 @@ def test_a_model_of_a_run_belongs_to_the_run(registry: str, place: Path, tmp_pat
     assert len(client.get_run(run_id).outputs.model_outputs) == 1
 
 
-@pytest.mark.parametrize("name", ["a/b", "a:b", "a@b", " "])
+@pytest.mark.parametrize("name", ["a/b", "a:b", "a@b", " ", "", " a", "a\nb", "..", "n" * 251])
 def test_a_name_that_no_address_could_hold_is_refused(place: Path, tmp_path: Path, name: str) -> None:
     with pytest.raises(CelError, match="cannot be a model's name"):
         register_model(place / "good", name, f"sqlite:///{tmp_path}/mlflow.db")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_run_is_not_begun_that_could_not_register_its_model() -> None:
+    settings = {"data": {"shards": "s"}, "augment": {"profile": 0}, "tracking": {"register_as": "team/cel"}}
+    with pytest.raises(CelError, match=r"tracking.register_as.*without '/'"):
+        parse_config(settings, "test")
+
+
+def test_names_may_have_blanks_quotes_and_letters_of_any_language(cel: Cel, filled: str, tmp_path: Path) -> None:
+    uri = f"sqlite:///{shutil.copy(filled.removeprefix('sqlite:///'), tmp_path / 'names.db')}"
+    names = ['it\'s "mine"', "größer als 話者", "a%2Fb"]
+    for name in names:
+        assert register_model("models:/cel/1", name, uri) == f"models:/{name}/1"
+        assert fetch_model(f"models:/{name}@champion", uri) == fetch_model("models:/cel/1", uri)
+    listed = told(cel("list", "--tracking-uri", uri, "--json"))["versions"]
+    assert {version["name"] for version in listed} == {"cel", *names}
+    assert told(cel("delete", names[0], 1, "--yes", "--force", "--tracking-uri", uri, "--json"))["versions_left"] == []
+
+
+def test_what_a_promotion_cannot_use_is_refused_before_anything_is_measured(cel: Cel, filled: str, place: Path) -> None:
+    where = ("--tracking-uri", filled)
+    demand = ("--if-better-on", place / "trials.txt", "--root", place / "audio")
+    for alias in ("latest", "v2", "a b", "a/b", ""):
+        assert "cannot be an alias" in refused(cel("promote", "cel", 2, "--alias", alias, *demand, *where))
+    nowhere = ("--if-better-on", place / "nowhere.txt", "--root", place / "audio")
+    assert "nowhere.txt" in refused(cel("promote", "cel", 2, "--alias", "unheld", *nowhere, *where))
+    assert told(cel("show", "cel/2", *where, "--json"))["aliases"] == []
 
 
 def test_what_cannot_be_stored_leaves_nothing(

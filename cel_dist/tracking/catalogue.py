@@ -145,16 +145,18 @@ def promote(
         progress: told after each utterance.
 
     Raises:
-        CelError: there is no such version, or the list or its audio cannot be used.
+        CelError: there is no such version, the registry takes no such alias, or the list or its audio cannot be used.
         RunError: the candidate is not better, or MLflow failed. Nothing is changed then.
     """
+    _check_alias(alias)
+    # Read although there may be nobody to compare with: a list that is not there is a mistake in any case.
+    listed = None if trials is None else Trials.read(trials)
     where = resolve_uri(tracking_uri)
     with looking_up(f"models:/{name}/{version}", where) as client:
         former = _holder(client, name, alias)
         version_entry(client, name, version=str(version))
     measured: list[float] = []
-    if trials is not None and former not in (None, version):
-        listed = Trials.read(trials)
+    if listed is not None and former not in (None, version):
         for number in (version, former):
             folder = fetch_model(f"models:/{name}/{number}", tracking_uri)
             measured.append(evaluate(SpeakerModel.load_folder(folder), listed, root, progress=progress).eer)
@@ -210,6 +212,15 @@ def stored_description(version: Version, tracking_uri: str | None = None) -> dic
         folder = fetch_model(version.uri, tracking_uri)
         return read_description(folder / DESCRIPTION_FILE).model_dump(mode="json")
     return None
+
+
+def _check_alias(alias: str) -> None:
+    # What MLflow refuses as well, but only when everything has been measured.
+    if not re.fullmatch(r"[\w-]{1,255}", alias) or re.fullmatch(r"[vV]\d+|latest", alias, re.IGNORECASE):
+        raise CelError(
+            f"'{alias[:255]}' cannot be an alias; give one of letters, digits, '_' and '-', but neither 'latest' nor "
+            "a number like 'v3'"
+        )
 
 
 def _holder(client: Any, name: str, alias: str) -> int | None:

@@ -148,7 +148,10 @@ def version_numbers(client: Any, name: str) -> list[int]:
 def version_entries(client: Any, name: str) -> list[Any]:
     """MLflow's entries of all versions of a registered model."""
     quote = '"' if "'" in name else "'"
-    return all_pages(lambda token: client.search_model_versions(f"name = {quote}{name}{quote}", page_token=token))
+    # A search has no way to write a name with both; one such name must not hide all others.
+    wanted = None if quote in name else f"name = {quote}{name}{quote}"
+    found = all_pages(lambda token: client.search_model_versions(wanted, page_token=token))
+    return [entry for entry in found if entry.name == name]
 
 
 def all_pages(search: Callable[[str | None], Any]) -> list[Any]:
