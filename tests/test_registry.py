@@ -305,6 +305,19 @@ def test_a_model_of_a_run_belongs_to_the_run(registry: str, place: Path, tmp_pat
     assert len(client.get_run(run_id).outputs.model_outputs) == 1
 
 
+def test_a_version_that_mlflow_copied_to_another_name_is_a_model_too(
+    cel: Cel, filled: str, place: Path, tmp_path: Path
+) -> None:
+    uri = f"sqlite:///{shutil.copy(filled.removeprefix('sqlite:///'), tmp_path / 'copied.db')}"
+    client = connect(uri)
+    for source, name in (("models:/cel/2", "staging"), ("models:/staging/1", "production")):
+        client.copy_model_version(source, name)
+    stored = told(cel("show", "cel/2", "--tracking-uri", uri, "--json"))["model_id"]
+    told(cel("delete", "staging", 1, "--yes", "--tracking-uri", uri, "--json"))
+    assert told(cel("show", "production/1", "--tracking-uri", uri, "--json"))["model_id"] == stored
+    assert fetch_model("models:/production/1", uri) == fetch_model("models:/cel/2", uri)
+
+
 @pytest.mark.parametrize("name", ["a/b", "a:b", "a@b", " ", "", " a", "a\nb", "..", "n" * 251])
 def test_a_name_that_no_address_could_hold_is_refused(place: Path, tmp_path: Path, name: str) -> None:
     with pytest.raises(CelError, match="cannot be a model's name"):

@@ -98,7 +98,7 @@ def list_versions(tracking_uri: str | None = None, name: str | None = None) -> l
             if name
             else all_pages(lambda token: client.search_registered_models(page_token=token))
         )
-        found = [_version(entry, model) for model in models for entry in version_entries(client, model.name)]
+        found = [_version(client, entry, model) for model in models for entry in version_entries(client, model.name)]
     return sorted(found, key=lambda version: (version.name, -version.version))
 
 
@@ -120,7 +120,7 @@ def find_version(reference: str, tracking_uri: str | None = None) -> Version:
             if not (alias or numbers):
                 raise CelError(f"'{name}' has no version; register one with 'cel models register MODEL --name {name}'")
             number = str(numbers[-1]) if numbers else None
-        return _version(version_entry(client, name, alias=alias, version=number), model)
+        return _version(client, version_entry(client, name, alias=alias, version=number), model)
 
 
 def promote(
@@ -228,7 +228,7 @@ def _holder(client: Any, name: str, alias: str) -> int | None:
     return int(aliases[alias]) if alias in aliases else None
 
 
-def _version(entry: Any, model: Any) -> Version:
+def _version(client: Any, entry: Any, model: Any) -> Version:
     number = int(entry.version)
     return Version(
         name=entry.name,
@@ -237,7 +237,7 @@ def _version(entry: Any, model: Any) -> Version:
         aliases=tuple(sorted(alias for alias, held in model.aliases.items() if int(held) == number)),
         created=datetime.fromtimestamp(entry.creation_timestamp / 1000, timezone.utc).isoformat(timespec="seconds"),
         run_id=entry.run_id or None,
-        model_id=stored_id(entry),
+        model_id=stored_id(client, entry),
         tags=dict(entry.tags),
         card=entry.description or "",
     )
