@@ -49,10 +49,13 @@ def resolve_uri(uri: str | None = None) -> str:
 def redacted(uri: str) -> str:
     """A URI that may be shown: without its password.
 
-    >>> redacted("https://user:secret@tracking.example/path")
+    >>> redacted("https://user:se@cret@tracking.example/path")
     'https://user:***@tracking.example/path'
+    >>> redacted("postgresql:///cel?user=cel&password=secret")
+    'postgresql:///cel?user=cel&password=***'
     """
-    return re.sub(r"(://[^/@:]*):[^/@]*@", r"\1:***@", uri)
+    shown = re.sub(r"(://[^/@:]*):[^/]*@", r"\1:***@", uri)
+    return re.sub(r"([?&](?:password|passwd|sslpassword|token)=)[^&#\s]*", r"\1***", shown, flags=re.IGNORECASE)
 
 
 def connect(uri: str) -> Any:
