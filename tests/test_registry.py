@@ -369,6 +369,36 @@ def test_what_cannot_be_stored_leaves_nothing(
     assert list(client.search_logged_models([client.get_experiment_by_name("cel").experiment_id])) == []
 
 
+@pytest.mark.parametrize(
+    ("uri", "message"),
+    [
+        ("postgresql://me:secret@127.0.0.1:first/cel", "that is no address (Port could not be cast"),
+        ("http://[::1", "that is no address (Invalid IPv6 URL)"),
+        ("oracle://me:secret@127.0.0.1/cel", "unsupported URI 'oracle://me:***@127.0.0.1/cel'"),
+    ],
+)
+def test_an_address_that_is_none_is_named_without_its_password(cel: Cel, uri: str, message: str) -> None:
+    line = refused(cel("list", "--tracking-uri", uri))
+    assert message in line
+    assert "secret" not in line
+
+
+def test_what_the_store_of_the_files_raises_is_one_line(
+    cel: Cel, registry: str, place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("boto3")
+    monkeypatch.setenv("AWS_PROFILE", "nobody")
+    client = connect(registry)
+    client.create_experiment("s3", artifact_location="s3://bucket/models")
+    register = ("register", place / "good", "--name", "cel", "--experiment", "s3")
+    assert "cannot register" in refused(cel(*register), code=1)
+    stored = client.create_logged_model(client.get_experiment_by_name("s3").experiment_id, name="model")
+    line = refused(cel("pull", f"models:/{stored.model_id}", "--out", place / "never"), code=1)
+    assert f"cannot download models:/{stored.model_id}" in line
+    assert "The config profile (nobody) could not be found" in line
+    assert not (place / "never").exists()
+
+
 def test_listing_makes_no_database(cel: Cel, tmp_path: Path) -> None:
     uri = f"sqlite:///{tmp_path}/mlflow.db"
     for arguments in (("list",), ("show", "cel"), ("delete", "cel", 1, "--yes"), ("promote", "cel", 1)):
