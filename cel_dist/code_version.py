@@ -1,5 +1,6 @@
 """Which code is running: the commit of a checkout, or the version of the package."""
 
+import os
 import subprocess
 from functools import cache
 from importlib.metadata import version
@@ -7,6 +8,8 @@ from pathlib import Path
 
 _PACKAGE = Path(__file__).resolve().parent
 _GIT_SECONDS = 5.0
+# A hook of git has them from the repository that it is a hook of.
+_OTHER_REPOSITORY = ("GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE", "GIT_COMMON_DIR", "GIT_PREFIX")
 
 
 @cache
@@ -27,9 +30,12 @@ def code_version() -> str:
 
 def _git(*arguments: str) -> str | None:
     """What git prints; None where there is no git, no repository, or one of another user."""
+    environment = {name: value for name, value in os.environ.items() if name not in _OTHER_REPOSITORY}
+    # Without its optional lock on the index, which somebody who commits beside it may need.
+    command = ["git", "--no-optional-locks", "-C", str(_PACKAGE), *arguments]
     try:
         done = subprocess.run(
-            ["git", "-C", str(_PACKAGE), *arguments], capture_output=True, text=True, timeout=_GIT_SECONDS, check=False
+            command, env=environment, capture_output=True, text=True, timeout=_GIT_SECONDS, check=False
         )
     except (OSError, subprocess.TimeoutExpired):
         return None

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 from pydantic_core import PydanticCustomError
 
 
@@ -12,6 +12,24 @@ def _not_a_boolean(value: Any) -> Any:
     if isinstance(value, bool):
         raise PydanticCustomError("number", "Input should be a number")
     return value
+
+
+def is_registrable(name: str) -> bool:
+    """Whether MLflow's registry takes this name for a model, and `models:/NAME@alias` can hold it.
+
+    >>> is_registrable("cel"), is_registrable("cel/2")
+    (True, False)
+    """
+    is_plain = name == name.strip() and name.isprintable() and 0 < len(name) <= 250
+    # MLflow takes them for paths.
+    is_path = name == "." or name.startswith("..")
+    return is_plain and not is_path and not set(name) & set("/:@")
+
+
+def _registrable(name: str) -> str:
+    if not is_registrable(name):
+        raise PydanticCustomError("name", "Input should be the name of a model, without '/', ':' and '@'")
+    return name
 
 
 NotABoolean = BeforeValidator(_not_a_boolean)
@@ -298,7 +316,7 @@ class TrackingSection(Section):
     """Name of the experiment."""
     parent_run: str | None = None
     """MLflow run that this one belongs to, as a trial to its sweep."""
-    register_as: str | None = "cel"
+    register_as: Annotated[str, AfterValidator(_registrable)] | None = "cel"
     """Register the best encoder under this model name when training ends; null does not register it."""
     system_metrics: bool = False
     """Record load, memory, disk, network and GPUs of rank 0's machine as `system/...` in MLflow and

@@ -1,5 +1,6 @@
 """The card of a model: what `model.json` says, for people."""
 
+import json
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -33,7 +34,7 @@ def model_card(description: ModelDescription, name: str) -> str:
             "",
             "## Measured",
             "",
-            *_measured(description.training),
+            *_measured(description),
             "",
             "## Be careful",
             "",
@@ -114,7 +115,8 @@ def _back_end(description: ModelDescription) -> str:
     return f"; {', '.join([*mean, *norm])} (cohort {parts.cohort or 'unknown'})"
 
 
-def _measured(training: Provenance) -> Iterator[str]:
+def _measured(description: ModelDescription) -> Iterator[str]:
+    training = description.training
     if not training.metrics:
         yield "Nothing."
         return
@@ -132,6 +134,8 @@ def _measured(training: Provenance) -> Iterator[str]:
         )
         yield ""
         yield f"{on.num_trials} trials of `{on.trials}` (sha256 {on.trials_sha256}).{intervals}"
+    if description.back_end is not None:
+        yield "These are of the embeddings as they are, without mean and norm of the cohort."
     yield "The list chose this model among those of its run; expect a little more on another one."
 
 
@@ -139,12 +143,13 @@ def _settings(training: Provenance) -> Iterator[str]:
     """The settings that are not the defaults."""
     if not training.config:
         return
-    defaults = parse_config({"data": {"shards": "none"}, "augment": {"profile": 0}}, "defaults").model_dump(mode="json")
-    usual = dict(flat(defaults))
+    defaults = parse_config({"data": {"shards": "none", "bank": "none"}}, "defaults").model_dump(mode="json")
+    # Without a bank there is no configuration with the default profile; that none is given is the default all the same.
+    usual = {**dict(flat(defaults)), "data.bank": None}
     yield from ("", "## Settings", "", "All others are the defaults.", "")
     for path, value in flat(training.config):
         if not path.startswith(_OF_THE_RUN) and usual.get(path) != value:
-            yield f"    {path}={value}"
+            yield f"    {path}={value if isinstance(value, str) else json.dumps(value)}"
 
 
 def flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -10,10 +10,9 @@ import cel_dist.code_version
 ASK = "import cel_dist.code_version as c, sys; print(c.__file__); print(c.code_version())"
 
 
-def asked(checkout: Path) -> str:
-    done = subprocess.run(
-        [sys.executable, "-c", ASK], cwd=checkout, env={"PATH": "/usr/bin:/bin"}, capture_output=True, text=True
-    )
+def asked(checkout: Path, **environment: str) -> str:
+    search = {"PATH": "/usr/bin:/bin", **environment}
+    done = subprocess.run([sys.executable, "-c", ASK], cwd=checkout, env=search, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     file, version = done.stdout.splitlines()
     assert Path(file).parent.parent == checkout
@@ -40,5 +39,8 @@ def test_the_code_is_a_commit_only_in_its_own_repository(tmp_path: Path) -> None
     git(tmp_path, "commit", "--quiet", "--message", "own")
     commit = git(tmp_path, "rev-parse", "HEAD")
     assert asked(tmp_path) == f"git:{commit}"
+    # A hook of another repository.
+    git(tmp_path, "init", "--quiet", "other")
+    assert asked(tmp_path, GIT_DIR=str(tmp_path / "other" / ".git")) == f"git:{commit}"
     (package / "__init__.py").write_text("changed = True\n")
     assert asked(tmp_path) == f"git:{commit}+changed"

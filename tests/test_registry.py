@@ -15,7 +15,14 @@ import torch
 from cel_dist.cli.app import run
 from cel_dist.config_file import parse_config
 from cel_dist.data.audio import encode_audio
-from cel_dist.description import Calibration, EncoderDescription, MeasuredOn, ModelDescription, Provenance
+from cel_dist.description import (
+    BackEndDescription,
+    Calibration,
+    EncoderDescription,
+    MeasuredOn,
+    ModelDescription,
+    Provenance,
+)
 from cel_dist.encoders import build_encoder
 from cel_dist.errors import CelError
 from cel_dist.model import SpeakerModel, load_model
@@ -156,6 +163,36 @@ def test_a_long_card_fits_into_mlflow(place: Path) -> None:
     assert shortened(card, len(card)) == card
 
 
+def described(settings: dict[str, Any], **values: Any) -> ModelDescription:
+    training = Provenance(config=parse_config(settings, "test").model_dump(mode="json"), metrics={"eer": 0.1})
+    encoder = EncoderDescription(name="fast_resnet34", embedding_dim=DIMENSION)
+    return ModelDescription(encoder=encoder, training=training, **values)
+
+
+def test_a_card_lists_the_settings_that_repeat_the_training() -> None:
+    def listed(settings: dict[str, Any]) -> list[str]:
+        return [line.strip() for line in model_card(described(settings), "cel").splitlines() if line.startswith("    ")]
+
+    # Profile 3 is the default, though no configuration without a bank has it.
+    assert listed({"data": {"shards": "s", "bank": "b"}}) == ["data.shards=s", "data.bank=b"]
+    changed = {"data": {"shards": "s"}, "augment": {"profile": 0, "speeds": [0.9, 1.1]}, "eval": {"at_start": False}}
+    assert listed(changed) == [
+        "data.shards=s",
+        "augment.profile=0",
+        "augment.speeds=[0.9, 1.1]",
+        "eval.at_start=false",
+    ]
+
+
+def test_a_card_does_not_pass_off_error_rates_as_those_of_a_later_back_end() -> None:
+    settings = {"data": {"shards": "s", "bank": "b"}}
+    assert "without mean and norm" not in model_card(described(settings), "cel")
+    back_end = BackEndDescription(score_norm="as", cohort="cohort.txt")
+    card = model_card(described(settings, back_end=back_end), "cel")
+    assert "; as-norm (cohort cohort.txt)" in card
+    assert "embeddings as they are, without mean and norm of the cohort" in card
+
+
 def test_an_alias_moves_only_to_a_better_model_if_that_is_demanded(cel: Cel, registry: str, place: Path) -> None:
     demand = ("--if-better-on", place / "trials.txt", "--root", place / "audio", "--json")
     # Nobody to compare with.
@@ -272,11 +309,51 @@ def test_a_model_of_a_run_belongs_to_the_run(registry: str, place: Path, tmp_pat
     assert len(client.get_run(run_id).outputs.model_outputs) == 1
 
 
-@pytest.mark.parametrize("name", ["a/b", "a:b", "a@b", " "])
+def test_a_version_that_mlflow_copied_to_another_name_is_a_model_too(
+    cel: Cel, filled: str, place: Path, tmp_path: Path
+) -> None:
+    uri = f"sqlite:///{shutil.copy(filled.removeprefix('sqlite:///'), tmp_path / 'copied.db')}"
+    client = connect(uri)
+    for source, name in (("models:/cel/2", "staging"), ("models:/staging/1", "production")):
+        client.copy_model_version(source, name)
+    stored = told(cel("show", "cel/2", "--tracking-uri", uri, "--json"))["model_id"]
+    told(cel("delete", "staging", 1, "--yes", "--tracking-uri", uri, "--json"))
+    assert told(cel("show", "production/1", "--tracking-uri", uri, "--json"))["model_id"] == stored
+    assert fetch_model("models:/production/1", uri) == fetch_model("models:/cel/2", uri)
+
+
+@pytest.mark.parametrize("name", ["a/b", "a:b", "a@b", " ", "", " a", "a\nb", "..", "n" * 251])
 def test_a_name_that_no_address_could_hold_is_refused(place: Path, tmp_path: Path, name: str) -> None:
     with pytest.raises(CelError, match="cannot be a model's name"):
         register_model(place / "good", name, f"sqlite:///{tmp_path}/mlflow.db")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_run_is_not_begun_that_could_not_register_its_model() -> None:
+    settings = {"data": {"shards": "s"}, "augment": {"profile": 0}, "tracking": {"register_as": "team/cel"}}
+    with pytest.raises(CelError, match=r"tracking.register_as.*without '/'"):
+        parse_config(settings, "test")
+
+
+def test_names_may_have_blanks_quotes_and_letters_of_any_language(cel: Cel, filled: str, tmp_path: Path) -> None:
+    uri = f"sqlite:///{shutil.copy(filled.removeprefix('sqlite:///'), tmp_path / 'names.db')}"
+    names = ['it\'s "mine"', "größer als 話者", "a%2Fb"]
+    for name in names:
+        assert register_model("models:/cel/1", name, uri) == f"models:/{name}/1"
+        assert fetch_model(f"models:/{name}@champion", uri) == fetch_model("models:/cel/1", uri)
+    listed = told(cel("list", "--tracking-uri", uri, "--json"))["versions"]
+    assert {version["name"] for version in listed} == {"cel", *names}
+    assert told(cel("delete", names[0], 1, "--yes", "--force", "--tracking-uri", uri, "--json"))["versions_left"] == []
+
+
+def test_what_a_promotion_cannot_use_is_refused_before_anything_is_measured(cel: Cel, filled: str, place: Path) -> None:
+    where = ("--tracking-uri", filled)
+    demand = ("--if-better-on", place / "trials.txt", "--root", place / "audio")
+    for alias in ("latest", "v2", "a b", "a/b", ""):
+        assert "cannot be an alias" in refused(cel("promote", "cel", 2, "--alias", alias, *demand, *where))
+    nowhere = ("--if-better-on", place / "nowhere.txt", "--root", place / "audio")
+    assert "nowhere.txt" in refused(cel("promote", "cel", 2, "--alias", "unheld", *nowhere, *where))
+    assert told(cel("show", "cel/2", *where, "--json"))["aliases"] == []
 
 
 def test_what_cannot_be_stored_leaves_nothing(
@@ -294,6 +371,36 @@ def test_what_cannot_be_stored_leaves_nothing(
     client = MlflowClient(tracking_uri=registry, registry_uri=registry)
     assert list(client.search_registered_models()) == []
     assert list(client.search_logged_models([client.get_experiment_by_name("cel").experiment_id])) == []
+
+
+@pytest.mark.parametrize(
+    ("uri", "message"),
+    [
+        ("postgresql://me:secret@127.0.0.1:first/cel", "that is no address (Port could not be cast"),
+        ("http://[::1", "that is no address (Invalid IPv6 URL)"),
+        ("oracle://me:secret@127.0.0.1/cel", "unsupported URI 'oracle://me:***@127.0.0.1/cel'"),
+    ],
+)
+def test_an_address_that_is_none_is_named_without_its_password(cel: Cel, uri: str, message: str) -> None:
+    line = refused(cel("list", "--tracking-uri", uri))
+    assert message in line
+    assert "secret" not in line
+
+
+def test_what_the_store_of_the_files_raises_is_one_line(
+    cel: Cel, registry: str, place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("boto3")
+    monkeypatch.setenv("AWS_PROFILE", "nobody")
+    client = connect(registry)
+    client.create_experiment("s3", artifact_location="s3://bucket/models")
+    register = ("register", place / "good", "--name", "cel", "--experiment", "s3")
+    assert "cannot register" in refused(cel(*register), code=1)
+    stored = client.create_logged_model(client.get_experiment_by_name("s3").experiment_id, name="model")
+    line = refused(cel("pull", f"models:/{stored.model_id}", "--out", place / "never"), code=1)
+    assert f"cannot download models:/{stored.model_id}" in line
+    assert "The config profile (nobody) could not be found" in line
+    assert not (place / "never").exists()
 
 
 def test_listing_makes_no_database(cel: Cel, tmp_path: Path) -> None:

@@ -118,6 +118,12 @@ def test_files_are_read_only_below_the_folder_that_is_allowed(
     for path in (str(outside), f"../{outside.parent.name}/secret.wav", "link.wav", "."):
         with pytest.raises(MlflowException, match="not below the folder" if path != "." else "row 0"):
             pyfunc.predict([path])
+    # A server whose variable is empty has no such folder, and not its working folder.
+    monkeypatch.setenv("CEL_AUDIO_ROOT", "")
+    monkeypatch.setenv("_MLFLOW_IS_IN_SERVING_ENVIRONMENT", "true")
+    monkeypatch.chdir(audio)
+    with pytest.raises(MlflowException, match="files are not read for clients"):
+        pyfunc.predict(["0.wav"])
 
 
 def test_no_pickles_and_all_that_its_code_imports(packed: Path) -> None:

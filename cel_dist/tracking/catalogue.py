@@ -98,7 +98,7 @@ def list_versions(tracking_uri: str | None = None, name: str | None = None) -> l
             if name
             else all_pages(lambda token: client.search_registered_models(page_token=token))
         )
-        found = [_version(entry, model) for model in models for entry in version_entries(client, model.name)]
+        found = [_version(client, entry, model) for model in models for entry in version_entries(client, model.name)]
     return sorted(found, key=lambda version: (version.name, -version.version))
 
 
@@ -120,7 +120,7 @@ def find_version(reference: str, tracking_uri: str | None = None) -> Version:
             if not (alias or numbers):
                 raise CelError(f"'{name}' has no version; register one with 'cel models register MODEL --name {name}'")
             number = str(numbers[-1]) if numbers else None
-        return _version(version_entry(client, name, alias=alias, version=number), model)
+        return _version(client, version_entry(client, name, alias=alias, version=number), model)
 
 
 def promote(
@@ -145,16 +145,18 @@ def promote(
         progress: told after each utterance.
 
     Raises:
-        CelError: there is no such version, or the list or its audio cannot be used.
+        CelError: there is no such version, the registry takes no such alias, or the list or its audio cannot be used.
         RunError: the candidate is not better, or MLflow failed. Nothing is changed then.
     """
+    _check_alias(alias)
+    # Read although there may be nobody to compare with: a list that is not there is a mistake in any case.
+    listed = None if trials is None else Trials.read(trials)
     where = resolve_uri(tracking_uri)
     with looking_up(f"models:/{name}/{version}", where) as client:
         former = _holder(client, name, alias)
         version_entry(client, name, version=str(version))
     measured: list[float] = []
-    if trials is not None and former not in (None, version):
-        listed = Trials.read(trials)
+    if listed is not None and former not in (None, version):
         for number in (version, former):
             folder = fetch_model(f"models:/{name}/{number}", tracking_uri)
             measured.append(evaluate(SpeakerModel.load_folder(folder), listed, root, progress=progress).eer)
@@ -212,12 +214,21 @@ def stored_description(version: Version, tracking_uri: str | None = None) -> dic
     return None
 
 
+def _check_alias(alias: str) -> None:
+    # What MLflow refuses as well, but only when everything has been measured.
+    if not re.fullmatch(r"[\w-]{1,255}", alias) or re.fullmatch(r"[vV]\d+|latest", alias, re.IGNORECASE):
+        raise CelError(
+            f"'{alias[:255]}' cannot be an alias; give one of letters, digits, '_' and '-', but neither 'latest' nor "
+            "a number like 'v3'"
+        )
+
+
 def _holder(client: Any, name: str, alias: str) -> int | None:
     aliases = model_entry(client, name).aliases
     return int(aliases[alias]) if alias in aliases else None
 
 
-def _version(entry: Any, model: Any) -> Version:
+def _version(client: Any, entry: Any, model: Any) -> Version:
     number = int(entry.version)
     return Version(
         name=entry.name,
@@ -226,7 +237,7 @@ def _version(entry: Any, model: Any) -> Version:
         aliases=tuple(sorted(alias for alias, held in model.aliases.items() if int(held) == number)),
         created=datetime.fromtimestamp(entry.creation_timestamp / 1000, timezone.utc).isoformat(timespec="seconds"),
         run_id=entry.run_id or None,
-        model_id=stored_id(entry),
+        model_id=stored_id(client, entry),
         tags=dict(entry.tags),
         card=entry.description or "",
     )

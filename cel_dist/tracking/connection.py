@@ -49,10 +49,13 @@ def resolve_uri(uri: str | None = None) -> str:
 def redacted(uri: str) -> str:
     """A URI that may be shown: without its password.
 
-    >>> redacted("https://user:secret@tracking.example/path")
+    >>> redacted("https://user:se@cret@tracking.example/path")
     'https://user:***@tracking.example/path'
+    >>> redacted("postgresql:///cel?user=cel&password=secret")
+    'postgresql:///cel?user=cel&password=***'
     """
-    return re.sub(r"(://[^/@:]*):[^/@]*@", r"\1:***@", uri)
+    shown = re.sub(r"(://[^/@:\s]*):[^/\s]*@", r"\1:***@", uri)
+    return re.sub(r"([?&](?:password|passwd|sslpassword|token)=)[^&#\s]*", r"\1***", shown, flags=re.IGNORECASE)
 
 
 def connect(uri: str) -> Any:
@@ -60,8 +63,8 @@ def connect(uri: str) -> Any:
 
     Raises:
         NoAnswerError: a database server does not answer. MLflow would try for minutes before it says so.
-        CelError: what can be told at once is wrong with `uri`: a folder, a file that is no database, a database server
-            that has no driver here.
+        CelError: what can be told at once is wrong with `uri`: no address, a folder, a file that is no database, a
+            database server that has no driver here.
     """
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
@@ -69,15 +72,20 @@ def connect(uri: str) -> Any:
     # a database is locked, is told once, by who asked it.
     for name in ("urllib3.connectionpool", "mlflow.store.db.utils"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
-    parts = urlsplit(uri)
+    try:
+        parts = urlsplit(uri)
+        port = parts.port
+    except ValueError as error:
+        raise CelError(f"that is no address ({error}); write one such as http://HOST:5000 or {DEFAULT_URI}") from None
     kind = parts.scheme.partition("+")[0]
     if kind in ("", "file"):
         raise CelError(f"that is a folder, which MLflow no longer records to; use a database such as {DEFAULT_URI}")
     database = sqlite_file(uri)
     if database:
         _check_database(database)
-    if kind in _DATABASE_PORTS:
-        _check_port(parts.hostname or "localhost", parts.port or _DATABASE_PORTS[kind])
+    # Without a host it is reached through a file of this machine.
+    if kind in _DATABASE_PORTS and parts.hostname:
+        _check_port(parts.hostname, port or _DATABASE_PORTS[kind])
     from mlflow import MlflowClient
 
     try:
@@ -141,8 +149,9 @@ def experiment_id(client: Any, uri: str, name: str) -> str:
 
 def sqlite_file(uri: str) -> Path | None:
     """The file of a SQLite URI; None for other URIs."""
-    parts = urlsplit(uri)
-    return Path(parts.path[1:]).resolve() if parts.scheme.partition("+")[0] == "sqlite" else None
+    if not uri.startswith(("sqlite:", "sqlite+")):
+        return None
+    return Path(urlsplit(uri).path[1:]).resolve()
 
 
 def _check_database(path: Path) -> None:
@@ -168,24 +177,26 @@ def _check_port(host: str, port: int) -> None:
 
 @contextmanager
 def mlflow_errors(kind: type[CelError] | type[RunError], problem: str, remedy: str) -> Iterator[None]:
-    """Turn what MLflow, its database and the network raise into one line."""
+    """Turn what MLflow, its database, its store of files and the network raise into one line."""
     try:
         yield
     except (CelError, RunError) as error:
         raise kind(f"{problem}: {error}") from None
     except OSError as error:
         raise kind(f"{problem}: {error}; {remedy}") from None
+    except ModuleNotFoundError as error:
+        raise kind(f"{problem}: it needs the package '{error.name}'; install it into this environment") from None
     except Exception as error:
-        from mlflow.exceptions import MlflowException
-
-        if not isinstance(error, MlflowException):
+        # MLflow hands on what the client of a store raises, S3's or another one's, whatever its class. An error of
+        # Python's own is one of this code.
+        if type(error).__module__ == "builtins":
             raise
         raise kind(f"{problem}: {first_line(error)}; {remedy}") from None
 
 
 def first_line(error: Exception) -> str:
-    """What an error of MLflow says, short enough for one line."""
-    line = next(iter(str(error).strip().splitlines()), type(error).__name__)
+    """What an error of MLflow says, short enough for one line, and without passwords."""
+    line = redacted(next(iter(str(error).strip().splitlines()), type(error).__name__))
     if " failed with exception " in line:
         # The innermost of several nested representations names the cause.
         return "the server does not answer (" + line.rpartition(": ")[2].strip("\"')") + ")"

@@ -90,7 +90,8 @@ def _waveform(row: Any) -> NDArray[Any]:
 def _readable(path: str | os.PathLike[str]) -> Path:
     """The file, if it may be read: whoever talks to a server must not choose among all files of its machine."""
     root = os.environ.get(AUDIO_ROOT)
-    if root is None:
+    # Containers are handed variables that nobody set as empty ones. An empty path would be the working folder.
+    if not root:
         if IS_SERVING.get():
             raise CelError(f"files are not read for clients; send waveforms, or start the server with {AUDIO_ROOT}=DIR")
         return Path(path)

@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 import cel_dist
+from cel_dist.config_sections import is_registrable
 from cel_dist.data.audio import SAMPLE_RATE
 from cel_dist.description import DESCRIPTION_FILE, ModelDescription, read_description
 from cel_dist.errors import CelError, RunError
@@ -95,8 +96,8 @@ def register_model(
 
 def check_name(name: str) -> None:
     """Raises CelError where the registry does not take the name, or MODEL could not tell it from an alias."""
-    if not name.strip() or set(name) & set("/:@"):
-        raise CelError(f"'{name}' cannot be a model's name; give one without '/', ':' and '@'")
+    if not is_registrable(name):
+        raise CelError(f"'{name[:250]}' cannot be a model's name; give a short one without '/', ':' and '@'")
 
 
 def store_model(

@@ -25,6 +25,9 @@ _MODEL_URI = re.compile(
     rf"|runs:/(?P<run>[^/]+)/{MODEL_NAME}$"
 )
 
+_PLACE = re.compile(r"/models/(?P<id>m-[0-9a-f]+)/artifacts/?$")
+"""Where MLflow puts the files of a stored model, in the folder of its experiment."""
+
 
 def fetch_model(uri: str, tracking_uri: str | None = None) -> Path:
     """The model folder behind an MLflow URI, on this machine.
@@ -89,17 +92,21 @@ def _model_id(client: Any, match: re.Match[str]) -> str:
             raise CelError(f"run {match['run']} has no model; let its training end, or name another run")
         return str(max(named, key=lambda model: model.creation_timestamp).model_id)
     found = version_entry(client, match["name"], alias=match["alias"], version=match["version"])
-    model_id = stored_id(found)
+    model_id = stored_id(client, found)
     if model_id is None:
         raise CelError("it is another kind of model, not logged by cel_dist; name a model of this project")
     return model_id
 
 
-def stored_id(entry: Any) -> str | None:
+def stored_id(client: Any, entry: Any) -> str | None:
     """The id of the stored model that an entry of a version is of; None where it was not registered from one."""
     # Its own field `model_id` is not filled by databases. Others have a path of a run as their source.
     source = _MODEL_URI.match(entry.source)
-    return None if source is None else source["id"]
+    if source is None or not source["version"]:
+        return source["id"] if source else None
+    # A copy under another name ("Promote" on MLflow's pages). The version that it was copied from may be gone.
+    place = _PLACE.search(client.get_model_version_download_uri(entry.name, entry.version))
+    return place["id"] if place else None
 
 
 def version_entry(client: Any, name: str, *, alias: str | None = None, version: str | None = None) -> Any:
@@ -148,7 +155,10 @@ def version_numbers(client: Any, name: str) -> list[int]:
 def version_entries(client: Any, name: str) -> list[Any]:
     """MLflow's entries of all versions of a registered model."""
     quote = '"' if "'" in name else "'"
-    return all_pages(lambda token: client.search_model_versions(f"name = {quote}{name}{quote}", page_token=token))
+    # A search has no way to write a name with both; one such name must not hide all others.
+    wanted = None if quote in name else f"name = {quote}{name}{quote}"
+    found = all_pages(lambda token: client.search_model_versions(wanted, page_token=token))
+    return [entry for entry in found if entry.name == name]
 
 
 def all_pages(search: Callable[[str | None], Any]) -> list[Any]:
