@@ -436,6 +436,16 @@ def _wait_until_closed(service: Service) -> None:
         pytest.fail("the service takes new connections")
 
 
+def test_a_token_that_was_to_come_and_is_empty_opens_nothing(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from cel_dist.cli.app import run
+
+    monkeypatch.setenv("CEL_SERVE_TOKEN", "")
+    assert run(["serve", "--model", "absent", "--store", "people.db", "--port", "0"]) == 2
+    assert capsys.readouterr().err.startswith("error: CEL_SERVE_TOKEN is empty; ")
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

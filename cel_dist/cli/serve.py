@@ -1,6 +1,7 @@
 """`cel serve`: enrolled people over HTTP, with a page for the browser."""
 
 import importlib.util
+import os
 import sys
 from typing import Annotated
 
@@ -11,6 +12,7 @@ from cel_dist.cli.evaluate import ModelOption
 from cel_dist.cli.speakers import StoreOption
 from cel_dist.errors import CelError
 
+_TOKEN_VARIABLE = "CEL_SERVE_TOKEN"
 _PACKAGES = ("fastapi", "uvicorn", "prometheus_client", "python_multipart")
 
 
@@ -23,7 +25,7 @@ def serve(
     token: Annotated[
         str | None,
         typer.Option(
-            envvar="CEL_SERVE_TOKEN",
+            envvar=_TOKEN_VARIABLE,
             help="That clients must send. Other users of this machine see command lines: better set the variable.",
         ),
     ] = None,
@@ -58,6 +60,9 @@ def serve(
     from cel_dist.service.server import serve as run_service
     from cel_dist.service.speakers import Speakers
 
+    if token is None and _TOKEN_VARIABLE in os.environ:
+        # Typer takes an empty variable for none, and a service that was to have a token would be open.
+        raise CelError(f"{_TOKEN_VARIABLE} is empty; give it a token, or unset it for a service without one")
     limits = Limits(max_seconds, max_bytes, rate, queue, read_seconds, max_recordings, max_connections)
     with listen(host, port) as listener:
         speakers = Speakers(load_model(model), store, create=True)
