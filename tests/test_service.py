@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import select
 import socket
 import sys
 import threading
@@ -301,12 +302,13 @@ def test_two_hundred_clients_at_once_are_served_or_told_to_come_back(service: Se
     assert answers[503, "1"] > 0
 
 
-def test_clients_that_send_slowly_or_nothing_are_let_go(service: Service) -> None:
+def test_clients_that_send_or_take_slowly_or_nothing_are_let_go(service: Service) -> None:
     start = f"POST /v1/verify?name=Ann HTTP/1.1\r\nHost: {service.host}:{service.port}\r\nContent-Length: 9999\r\n"
     with contextlib.ExitStack() as opened, bounded(service):
         idle = [opened.enter_context(service.connect()) for _ in range(100)]
         heads = [opened.enter_context(service.connect()) for _ in range(50)]
         bodies = [opened.enter_context(service.connect()) for _ in range(QUEUE)]
+        takers = [fill_with_answers(opened.enter_context(service.connect())) for _ in range(10)]
         begin = time.monotonic()
         for connection in heads:
             connection.sendall(start.encode()[:30])
@@ -320,7 +322,19 @@ def test_clients_that_send_slowly_or_nothing_are_let_go(service: Service) -> Non
         for connection in (*idle, *heads):
             with contextlib.suppress(ConnectionResetError):
                 assert connection.recv(1 << 16) == b""
+        assert all(taker.poll(4000 * READ_SECONDS) for taker in takers)
         assert time.monotonic() - begin > READ_SECONDS - 0.1
+
+
+def fill_with_answers(connection: socket.socket) -> select.poll:
+    """Ask for more than the systems of both ends hold, and read nothing: tells when the connection is no more."""
+    connection.setblocking(False)
+    with contextlib.suppress(BlockingIOError):
+        while True:
+            connection.send(b"GET /page.js HTTP/1.1\r\nHost: x\r\n\r\n" * 100)
+    poll = select.poll()
+    poll.register(connection, 0)
+    return poll
 
 
 def _wait_until_refused(service: Service) -> None:
@@ -394,6 +408,12 @@ def test_a_token_a_rate_a_full_store_and_an_end_in_peace(tmp_path: Path) -> None
         status, headers, _ = call("GET", "/v1/speakers", client="203.0.113.9")
         assert 1 <= int(headers["retry-after"]) <= 6
         assert call("GET", "/v1/speakers", client="203.0.113.10")[0] == 200
+        # Guesses are counted wherever a token is asked for; whoever has it may watch as often as they like.
+        assert {call("GET", "/metrics", client="203.0.113.11")[0] for _ in range(13)} == {200}
+        wrong = {"Authorization": "Bearer guess"}
+        guesses = [call("GET", "/metrics", client="203.0.113.12", headers=wrong)[0] for _ in range(13)]
+        assert guesses == [401] * 12 + [429]
+        assert call("GET", "/metrics", client="203.0.113.12")[0] == 429
         assert service.call("GET", "/health")[0] == 200
 
         # One connection more than there may be is closed, the others stay.

@@ -38,7 +38,8 @@ def serve(
         int, typer.Option(help="Requests with audio that may be received, wait or be worked on at one time.")
     ] = 8,
     read_seconds: Annotated[
-        float, typer.Option(help="Time that a client has to send the head of a request, and as much for its body.")
+        float,
+        typer.Option(help="Time that a client has for the head of a request, for its body, and to take the answer."),
     ] = 20.0,
     max_recordings: Annotated[int, typer.Option(help="Recordings that the store may hold.")] = 10_000,
     max_connections: Annotated[int, typer.Option(help="Connections that may be open at one time.")] = 512,

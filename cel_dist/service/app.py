@@ -104,12 +104,19 @@ def create_app(speakers: Speakers, limits: Limits, gate: Gate) -> FastAPI:
 
     # Not in threads, as functions that are no coroutines would be: the counts of clients have no lock.
     async def admit(request: Request) -> None:
-        rate.take(request.client.host if request.client else "unknown")
+        rate.take(_address(request))
         gate.check_origin(request)
         gate.check_token(request)
 
     async def authorise(request: Request) -> None:
-        gate.check_token(request)
+        # Who watches the service asks as often as they like. Who guesses a token is counted, and then not even told
+        # that a guess was right.
+        rate.take(_address(request), requests=0)
+        try:
+            gate.check_token(request)
+        except Refusal:
+            rate.take(_address(request))
+            raise
 
     app = FastAPI(title="cel_dist", docs_url=None, redoc_url=None, lifespan=lifespan)
     # The last one added is the outermost.
@@ -201,6 +208,10 @@ def create_app(speakers: Speakers, limits: Limits, gate: Gate) -> FastAPI:
 
     app.include_router(api)
     return app
+
+
+def _address(request: Request) -> str:
+    return request.client.host if request.client else "unknown"
 
 
 def _add_page(app: FastAPI) -> None:
