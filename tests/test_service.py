@@ -19,6 +19,7 @@ import soundfile
 from hostile_audio import flac_bomb
 from service import Service, small_model, speech, wav
 
+from cel_dist.data.audio import encode_audio
 from cel_dist.errors import CelError
 from cel_dist.model import load_model
 from cel_dist.service import SpeakerStore
@@ -442,9 +443,32 @@ def test_a_token_a_rate_a_full_store_and_an_end_in_peace(tmp_path: Path) -> None
         service.close()
 
 
-def _wait_until_admitted(service: Service, token: dict[str, str]) -> None:
+def test_an_end_that_requests_do_not_come_to_in_time_is_told_to_them(tmp_path: Path) -> None:
+    service = Service(tmp_path, "--end-seconds", 0.1, "--max-seconds", 100)
+    try:
+        body = encode_audio(np.tile(speech(0, 10.0), 10), "wav")
+        head = f"POST /v1/embed HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}\r\n\r\n".encode()
+        with contextlib.ExitStack() as opened:
+            clients = [opened.enter_context(service.connect()) for _ in range(4)]
+            for client in clients[1:]:
+                client.sendall(head + body)
+            clients[0].sendall(head + body[:1000])
+            _wait_until_admitted(service, {}, 4)
+            service.process.terminate()
+            answers = [b"".join(iter(lambda client=client: client.recv(1 << 16), b"")) for client in clients]
+        assert service.process.wait(60) == 0
+        # One body does not come, one recording is being worked on at most, and the others wait for their turn.
+        told = [answer.startswith(b"HTTP/1.1 503 ") and b"the service ends" in answer for answer in answers]
+        assert told[0]
+        assert sum(told) >= 3
+        assert "Traceback" not in service.log.read_text()
+    finally:
+        service.close()
+
+
+def _wait_until_admitted(service: Service, token: dict[str, str], number: int = 1) -> None:
     deadline = time.monotonic() + 20
-    while "cel_requests_admitted 1.0" not in service.call("GET", "/metrics", None, token)[1]:
+    while f"cel_requests_admitted {number}.0" not in service.call("GET", "/metrics", None, token)[1]:
         assert time.monotonic() < deadline
 
 

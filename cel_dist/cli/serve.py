@@ -43,6 +43,9 @@ def serve(
     ] = 20.0,
     max_recordings: Annotated[int, typer.Option(help="Recordings that the store may hold.")] = 10_000,
     max_connections: Annotated[int, typer.Option(help="Connections that may be open at one time.")] = 512,
+    end_seconds: Annotated[
+        float, typer.Option(help="After SIGTERM or Ctrl+C, time for requests that are being served.")
+    ] = 10.0,
     trusted_proxy: Annotated[
         str | None,
         typer.Option(help="Address of a proxy in front, whose X-Forwarded-For tells who the client is."),
@@ -64,7 +67,7 @@ def serve(
     if token is None and _TOKEN_VARIABLE in os.environ:
         # Typer takes an empty variable for none, and a service that was to have a token would be open.
         raise CelError(f"{_TOKEN_VARIABLE} is empty; give it a token, or unset it for a service without one")
-    limits = Limits(max_seconds, max_bytes, rate, queue, read_seconds, max_recordings, max_connections)
+    limits = Limits(max_seconds, max_bytes, rate, queue, read_seconds, max_recordings, max_connections, end_seconds)
     with listen(host, port) as listener:
         speakers = Speakers(load_model(model), store, create=True)
         told = {"url": url_of(listener), "store": str(store), **asdict(limits)}

@@ -1,5 +1,6 @@
 """The HTTP interface to enrolled people. docs/service.md has every endpoint."""
 
+import asyncio
 import hashlib
 import hmac
 import ipaddress
@@ -140,19 +141,24 @@ def create_app(speakers: Speakers, limits: Limits, gate: Gate) -> FastAPI:
 
     async def on_audio(request: Request, work: Callable[[list[Any]], Any], most: int = 1) -> Any:
         """The result of `work` on the decoded recordings of a request, in the worker's thread."""
-        with worker.place():
-            uploads = await read_uploads(request, limits)
-            if len(uploads) > most:
-                raise Refusal(400, f"{len(uploads)} recordings where {most} is wanted; send one")
+        uploads: list[bytes] = []
 
-            def decode_and_work() -> Any:
-                waves = []
-                while uploads:
-                    waves.append(decode(uploads.pop(0), limits.max_seconds))
-                metrics.audio_seconds.inc(sum(map(len, waves)) / SAMPLE_RATE)
-                return work(waves)
+        def decode_and_work() -> Any:
+            waves = []
+            while uploads:
+                waves.append(decode(uploads.pop(0), limits.max_seconds))
+            metrics.audio_seconds.inc(sum(map(len, waves)) / SAMPLE_RATE)
+            return work(waves)
 
-            return await worker.run(request, decode_and_work)
+        try:
+            with worker.place():
+                uploads += await read_uploads(request, limits)
+                if len(uploads) > most:
+                    raise Refusal(400, f"{len(uploads)} recordings where {most} is wanted; send one")
+                return await worker.run(request, decode_and_work)
+        except asyncio.CancelledError:
+            # Nobody but uvicorn cancels, when it has been ending for long enough.
+            raise Refusal(503, "the service ends; try again later", 1) from None
 
     @api.get("/service")
     def service() -> dict[str, Any]:

@@ -41,6 +41,7 @@ class Limits:
             the answer.
         max_recordings: recordings that the store may hold.
         max_connections: connections that are open at one time.
+        end_seconds: time that requests have to be served when the service is asked to end.
 
     Raises:
         CelError: a bound is not above zero (a rate: below zero).
@@ -53,6 +54,7 @@ class Limits:
     read_seconds: float = 20.0
     max_recordings: int = 10_000
     max_connections: int = 512
+    end_seconds: float = 10.0
 
     def __post_init__(self) -> None:
         for field in fields(self):

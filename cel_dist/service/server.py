@@ -16,9 +16,6 @@ from cel_dist.service.web import bounded_connections
 
 logger = logging.getLogger(__name__)
 
-_END_SECONDS = 10
-"""After SIGTERM, requests that are being served have so long to end."""
-
 
 def listen(host: str, port: int) -> socket.socket:
     """A listening socket; with port 0, on a port that was free.
@@ -77,7 +74,8 @@ def serve(
         server_header=False,
         proxy_headers=trusted_proxy is not None,
         forwarded_allow_ips=trusted_proxy,
-        timeout_graceful_shutdown=_END_SECONDS,
+        # Handed to `asyncio.wait_for`, which takes fractions, too.
+        timeout_graceful_shutdown=limits.end_seconds,  # type: ignore[arg-type]
     )
     server = uvicorn.Server(config)
     logging.getLogger("uvicorn.error").setLevel(logging.WARNING)
