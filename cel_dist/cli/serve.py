@@ -48,7 +48,7 @@ def serve(
     ] = 10.0,
     trusted_proxy: Annotated[
         str | None,
-        typer.Option(help="Address of a proxy in front, whose X-Forwarded-For tells who the client is."),
+        typer.Option(help="Address or network of a proxy in front, whose X-Forwarded-For tells who the client is."),
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
