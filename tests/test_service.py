@@ -128,6 +128,9 @@ def test_a_form_enrols_several_files_and_nothing_is_written_but_the_store(servic
     assert list(service.folder.iterdir()) == []
     status, refused = service.call("POST", "/v1/verify", **form(("a", wav(0)), ("b", wav(0))), name="Ann")
     assert (status, refused["detail"]) == (400, "2 recordings where 1 is wanted; send one")
+    for bad in (wav(2)[:30], in_float(np.zeros(16_000))):
+        status, refused = service.call("POST", "/v1/enrol", **form(("a", wav(2)), ("b", bad)), name="Cid")
+        assert (status, refused["detail"][:18]) == (422, "recording 2 of 2: ")
     sent["body"] = bytes(sent["body"])[:-20]
     assert service.call("POST", "/v1/enrol", **sent, name="Cid")[0] == 400
     assert service.call("DELETE", "/v1/speakers", name="Cid")[0] == 404

@@ -144,9 +144,14 @@ def create_app(speakers: Speakers, limits: Limits, gate: Gate) -> FastAPI:
         uploads: list[bytes] = []
 
         def decode_and_work() -> Any:
-            waves = []
+            waves: list[Any] = []
+            number = len(uploads)
             while uploads:
-                waves.append(decode(uploads.pop(0), limits.max_seconds))
+                try:
+                    waves.append(decode(uploads.pop(0), limits.max_seconds))
+                except Refusal as refusal:
+                    which = f"recording {len(waves) + 1} of {number}: " if number > 1 else ""
+                    raise Refusal(refusal.status, which + refusal.message) from None
             metrics.audio_seconds.inc(sum(map(len, waves)) / SAMPLE_RATE)
             return work(waves)
 
