@@ -22,6 +22,7 @@ class Page:
     Attributes:
         requested: addresses that it has asked for.
         complaints: errors on its console, uncaught ones among them.
+        questions: of its dialogues, all of which are answered with yes.
     """
 
     def __init__(self, socket: aiohttp.ClientWebSocketResponse) -> None:
@@ -30,6 +31,7 @@ class Page:
         self._number = 0
         self.requested: list[str] = []
         self.complaints: list[str] = []
+        self.questions: list[str] = []
 
     async def listen(self) -> None:
         """Take what the browser says until it ends."""
@@ -39,6 +41,10 @@ class Page:
                 self._replies.pop(told["id"]).set_result(told)
             elif told["method"] == "Network.requestWillBeSent":
                 self.requested.append(told["params"]["request"]["url"])
+            elif told["method"] == "Page.javascriptDialogOpening":
+                self.questions.append(told["params"]["message"])
+                # Not awaited: its reply comes to this loop.
+                self._answering = asyncio.ensure_future(self.send("Page.handleJavaScriptDialog", accept=True))
             elif told["method"] == "Runtime.exceptionThrown":
                 self.complaints.append(json.dumps(told["params"]["exceptionDetails"]))
             elif told["method"] == "Log.entryAdded" and told["params"]["entry"]["level"] == "error":

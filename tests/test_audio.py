@@ -9,6 +9,7 @@ import soxr
 
 from cel_dist.data.audio import (
     AudioError,
+    audio_seconds,
     encode_audio,
     read_audio,
     read_segments,
@@ -107,6 +108,20 @@ def test_what_is_wrong_with_a_file_is_named(tmp_path: Path) -> None:
         assert reason(tmp_path / "a.wav") == "non_finite"
     soundfile.write(tmp_path / "slow.wav", noise(0.1), 3)
     assert reason(tmp_path / "slow.wav") == "unreadable"
+
+
+def test_a_flac_may_state_no_length_but_not_a_longer_one(tmp_path: Path) -> None:
+    samples = noise(1.5)
+    flac = bytearray(encode_audio(samples, "flac"))
+    # Four bits of byte 21 and the four bytes behind it; 0 is what a program leaves there that writes into a pipe.
+    assert (flac[21] & 15, int.from_bytes(flac[22:26], "big")) == (0, len(samples))
+    flac[22:26] = bytes(4)
+    (tmp_path / "streamed.flac").write_bytes(flac)
+    np.testing.assert_array_equal(read_audio(bytes(flac)), samples)
+    np.testing.assert_array_equal(read_audio(tmp_path / "streamed.flac"), samples)
+    assert audio_seconds(tmp_path / "streamed.flac") == 1.5
+    flac[22:26] = (len(samples) + 1).to_bytes(4, "big")
+    assert reason(bytes(flac)) == "unreadable"
 
 
 def test_unusable_audio_is_refused() -> None:

@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import select
 import socket
 import sys
 import threading
@@ -18,6 +19,7 @@ import soundfile
 from hostile_audio import flac_bomb
 from service import Service, small_model, speech, wav
 
+from cel_dist.data.audio import encode_audio
 from cel_dist.errors import CelError
 from cel_dist.model import load_model
 from cel_dist.service import SpeakerStore
@@ -126,6 +128,9 @@ def test_a_form_enrols_several_files_and_nothing_is_written_but_the_store(servic
     assert list(service.folder.iterdir()) == []
     status, refused = service.call("POST", "/v1/verify", **form(("a", wav(0)), ("b", wav(0))), name="Ann")
     assert (status, refused["detail"]) == (400, "2 recordings where 1 is wanted; send one")
+    for bad in (wav(2)[:30], in_float(np.zeros(16_000))):
+        status, refused = service.call("POST", "/v1/enrol", **form(("a", wav(2)), ("b", bad)), name="Cid")
+        assert (status, refused["detail"][:18]) == (422, "recording 2 of 2: ")
     sent["body"] = bytes(sent["body"])[:-20]
     assert service.call("POST", "/v1/enrol", **sent, name="Cid")[0] == 400
     assert service.call("DELETE", "/v1/speakers", name="Cid")[0] == 404
@@ -301,12 +306,13 @@ def test_two_hundred_clients_at_once_are_served_or_told_to_come_back(service: Se
     assert answers[503, "1"] > 0
 
 
-def test_clients_that_send_slowly_or_nothing_are_let_go(service: Service) -> None:
+def test_clients_that_send_or_take_slowly_or_nothing_are_let_go(service: Service) -> None:
     start = f"POST /v1/verify?name=Ann HTTP/1.1\r\nHost: {service.host}:{service.port}\r\nContent-Length: 9999\r\n"
     with contextlib.ExitStack() as opened, bounded(service):
         idle = [opened.enter_context(service.connect()) for _ in range(100)]
         heads = [opened.enter_context(service.connect()) for _ in range(50)]
         bodies = [opened.enter_context(service.connect()) for _ in range(QUEUE)]
+        takers = [fill_with_answers(opened.enter_context(service.connect())) for _ in range(10)]
         begin = time.monotonic()
         for connection in heads:
             connection.sendall(start.encode()[:30])
@@ -320,7 +326,19 @@ def test_clients_that_send_slowly_or_nothing_are_let_go(service: Service) -> Non
         for connection in (*idle, *heads):
             with contextlib.suppress(ConnectionResetError):
                 assert connection.recv(1 << 16) == b""
+        assert all(taker.poll(4000 * READ_SECONDS) for taker in takers)
         assert time.monotonic() - begin > READ_SECONDS - 0.1
+
+
+def fill_with_answers(connection: socket.socket) -> select.poll:
+    """Ask for more than the systems of both ends hold, and read nothing: tells when the connection is no more."""
+    connection.setblocking(False)
+    with contextlib.suppress(BlockingIOError):
+        while True:
+            connection.send(b"GET /page.js HTTP/1.1\r\nHost: x\r\n\r\n" * 100)
+    poll = select.poll()
+    poll.register(connection, 0)
+    return poll
 
 
 def _wait_until_refused(service: Service) -> None:
@@ -394,6 +412,12 @@ def test_a_token_a_rate_a_full_store_and_an_end_in_peace(tmp_path: Path) -> None
         status, headers, _ = call("GET", "/v1/speakers", client="203.0.113.9")
         assert 1 <= int(headers["retry-after"]) <= 6
         assert call("GET", "/v1/speakers", client="203.0.113.10")[0] == 200
+        # Guesses are counted wherever a token is asked for; whoever has it may watch as often as they like.
+        assert {call("GET", "/metrics", client="203.0.113.11")[0] for _ in range(13)} == {200}
+        wrong = {"Authorization": "Bearer guess"}
+        guesses = [call("GET", "/metrics", client="203.0.113.12", headers=wrong)[0] for _ in range(13)]
+        assert guesses == [401] * 12 + [429]
+        assert call("GET", "/metrics", client="203.0.113.12")[0] == 429
         assert service.call("GET", "/health")[0] == 200
 
         # One connection more than there may be is closed, the others stay.
@@ -422,9 +446,32 @@ def test_a_token_a_rate_a_full_store_and_an_end_in_peace(tmp_path: Path) -> None
         service.close()
 
 
-def _wait_until_admitted(service: Service, token: dict[str, str]) -> None:
+def test_an_end_that_requests_do_not_come_to_in_time_is_told_to_them(tmp_path: Path) -> None:
+    service = Service(tmp_path, "--end-seconds", 0.1)
+    try:
+        body = encode_audio(np.tile(speech(0, 10.0), 4), "wav")
+        head = f"POST /v1/embed HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}\r\n\r\n".encode()
+        with contextlib.ExitStack() as opened:
+            clients = [opened.enter_context(service.connect()) for _ in range(6)]
+            for client in clients[1:]:
+                client.sendall(head + body)
+            clients[0].sendall(head + body[:1000])
+            _wait_until_admitted(service, {}, 6)
+            service.process.terminate()
+            answers = [b"".join(iter(lambda client=client: client.recv(1 << 16), b"")) for client in clients]
+        assert service.process.wait(60) == 0
+        # One body does not come, one recording is worked on at a time, and the others wait for their turn.
+        told = [answer.startswith(b"HTTP/1.1 503 ") and b"the service ends" in answer for answer in answers]
+        assert told[0]
+        assert sum(told) >= 2
+        assert "Traceback" not in service.log.read_text()
+    finally:
+        service.close()
+
+
+def _wait_until_admitted(service: Service, token: dict[str, str], number: int = 1) -> None:
     deadline = time.monotonic() + 20
-    while "cel_requests_admitted 1.0" not in service.call("GET", "/metrics", None, token)[1]:
+    while f"cel_requests_admitted {number}.0" not in service.call("GET", "/metrics", None, token)[1]:
         assert time.monotonic() < deadline
 
 
@@ -436,6 +483,16 @@ def _wait_until_closed(service: Service) -> None:
         pytest.fail("the service takes new connections")
 
 
+def test_a_token_that_was_to_come_and_is_empty_opens_nothing(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from cel_dist.cli.app import run
+
+    monkeypatch.setenv("CEL_SERVE_TOKEN", "")
+    assert run(["serve", "--model", "absent", "--store", "people.db", "--port", "0"]) == 2
+    assert capsys.readouterr().err.startswith("error: CEL_SERVE_TOKEN is empty; ")
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -443,6 +500,9 @@ def _wait_until_closed(service: Service) -> None:
         (("--rate", "-1"), "rate=-1.0; give a number above zero, or 0"),
         (("--token", "h\u00e9"), "the token is empty or has characters"),
         (("--host", "203.0.113.1"), "cannot listen on 203.0.113.1"),
+        (("--host", "a" * 70), "cannot listen on aaaa"),
+        (("--trusted-proxy", "proxy.example"), "the trusted proxy 'proxy.example' is no address"),
+        (("--max-connections", str(1 << 40)), "and the system allows "),
         (("--port", "{taken}"), "give another --host or --port"),
         (("--store", "model"), "model is a folder; give a file"),
         (("--model", "absent"), "there is no model at absent"),

@@ -143,6 +143,9 @@ def test_embeddings_of_another_model_are_refused_and_those_of_a_new_calibration_
         refused = cel(*command, "--model", "other", *STORE)
         assert "the embeddings in people.db are of another model" in refused
     assert [person["name"] for person in cel("speakers", "list", *STORE)["speakers"]] == ["Ann"]
+    # Nor is a store that holds nothing of any model, as a first enrolment that fails leaves it.
+    assert "cannot be read as audio" in cel("enrol", "Bob", "people.db", "--model", "other", "--store", "new.db")
+    assert cel("enrol", "Ann", "ann0.wav", "--model", "model", "--store", "new.db")["recordings"] == 1
     again = model.calibrate(-0.5, Calibration(slope=1.0, offset=0.0))
     assert fingerprint(again) == fingerprint(model)
     again.save("again")
@@ -161,6 +164,13 @@ def test_embeddings_of_another_model_are_refused_and_those_of_a_new_calibration_
         (("identify", "ann0.wav", *WITH, "--top", "0"), "ask for at least one candidate"),
         (("verify", "Cid", "ann0.wav", *WITH), "nobody called 'Cid' is enrolled"),
         (("verify", "Ann", "ann0.wav", "ann1.wav", *WITH), "give one name and one file"),
+        (("speakers", "remove", "\udcff", *STORE), "nobody called '\\udcff' is enrolled"),
+        (
+            ("enrol", "Cid", "ann0.wav", "--model", "model", "--store", "no/where.db"),
+            "cannot open the store no/where.db",
+        ),
+        (("enrol", "Cid", "ann0.wav", "--model", "model", "--store", "x" * 300), "File name too long"),
+        (("speakers", "list", "--store", "x" * 300), "File name too long"),
         (("speakers", "list", "--store", "absent.db"), "there is no store absent.db"),
         (("speakers", "remove", "Cid", *STORE), "nobody called 'Cid' is enrolled"),
     ],

@@ -1,6 +1,7 @@
 """`cel serve`: enrolled people over HTTP, with a page for the browser."""
 
 import importlib.util
+import os
 import sys
 from typing import Annotated
 
@@ -11,6 +12,7 @@ from cel_dist.cli.evaluate import ModelOption
 from cel_dist.cli.speakers import StoreOption
 from cel_dist.errors import CelError
 
+_TOKEN_VARIABLE = "CEL_SERVE_TOKEN"
 _PACKAGES = ("fastapi", "uvicorn", "prometheus_client", "python_multipart")
 
 
@@ -23,7 +25,7 @@ def serve(
     token: Annotated[
         str | None,
         typer.Option(
-            envvar="CEL_SERVE_TOKEN",
+            envvar=_TOKEN_VARIABLE,
             help="That clients must send. Other users of this machine see command lines: better set the variable.",
         ),
     ] = None,
@@ -36,13 +38,17 @@ def serve(
         int, typer.Option(help="Requests with audio that may be received, wait or be worked on at one time.")
     ] = 8,
     read_seconds: Annotated[
-        float, typer.Option(help="Time that a client has to send the head of a request, and as much for its body.")
+        float,
+        typer.Option(help="Time that a client has for the head of a request, for its body, and to take the answer."),
     ] = 20.0,
     max_recordings: Annotated[int, typer.Option(help="Recordings that the store may hold.")] = 10_000,
     max_connections: Annotated[int, typer.Option(help="Connections that may be open at one time.")] = 512,
+    end_seconds: Annotated[
+        float, typer.Option(help="After SIGTERM or Ctrl+C, time for requests that are being served.")
+    ] = 10.0,
     trusted_proxy: Annotated[
         str | None,
-        typer.Option(help="Address of a proxy in front, whose X-Forwarded-For tells who the client is."),
+        typer.Option(help="Address or network of a proxy in front, whose X-Forwarded-For tells who the client is."),
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -58,7 +64,10 @@ def serve(
     from cel_dist.service.server import serve as run_service
     from cel_dist.service.speakers import Speakers
 
-    limits = Limits(max_seconds, max_bytes, rate, queue, read_seconds, max_recordings, max_connections)
+    if token is None and _TOKEN_VARIABLE in os.environ:
+        # Typer takes an empty variable for none, and a service that was to have a token would be open.
+        raise CelError(f"{_TOKEN_VARIABLE} is empty; give it a token, or unset it for a service without one")
+    limits = Limits(max_seconds, max_bytes, rate, queue, read_seconds, max_recordings, max_connections, end_seconds)
     with listen(host, port) as listener:
         speakers = Speakers(load_model(model), store, create=True)
         told = {"url": url_of(listener), "store": str(store), **asdict(limits)}

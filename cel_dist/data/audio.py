@@ -4,7 +4,6 @@ import io
 import os
 import struct
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -90,13 +89,39 @@ def audio_blocks(
                 yield from _converted_blocks(stream.read, stream.rate_hz, stream.channels, sample_rate, block_seconds)
         else:
             # As bytes: soundfile cannot encode the name of a file that is not UTF-8.
-            with soundfile.SoundFile(os.fsencode(source) if isinstance(source, Path) else io.BytesIO(source)) as file:
-                read = partial(file.read, dtype="float32", always_2d=True)
-                yield from _converted_blocks(read, file.samplerate, file.channels, sample_rate, block_seconds)
+            with _Sequential(os.fsencode(source) if isinstance(source, Path) else io.BytesIO(source)) as file:
+                yield from _converted_blocks(
+                    file.next_frames, file.samplerate, file.channels, sample_rate, block_seconds
+                )
+                file.require_whole()
     except FFmpegError as error:
         raise AudioError("unreadable", str(error)) from None
     except (soundfile.SoundFileError, OSError, ValueError, TypeError) as error:
         raise AudioError("unreadable", getattr(error, "error_string", None) or str(error)) from None
+
+
+class _Sequential(soundfile.SoundFile):  # type: ignore[misc]  # soundfile has no types
+    """A file that is read once, from its beginning to its end.
+
+    soundfile seeks to where it is after each block, and that fails in a FLAC whose header states no length, as programs
+    leave it that write into a pipe.
+    """
+
+    _position = 0
+
+    def seekable(self) -> bool:
+        return False
+
+    def next_frames(self, number: int) -> npt.NDArray[np.float32]:
+        """The next samples, float32 `[frames, channels]`, fewer only at the end."""
+        block: npt.NDArray[np.float32] = self.read(number, dtype="float32", always_2d=True)
+        self._position += len(block)
+        return block
+
+    def require_whole(self) -> None:
+        """Raise `AudioError` if a FLAC, whose header is exact where it tells, was cut off between two of its frames."""
+        if self.format == "FLAC" and self._position < self.frames < _LONGEST_FRAMES:
+            raise AudioError("unreadable", f"decoding stopped after {self._position} of {self.frames} samples")
 
 
 def _converted_blocks(

@@ -1,5 +1,6 @@
 """The HTTP interface to enrolled people. docs/service.md has every endpoint."""
 
+import asyncio
 import hashlib
 import hmac
 import ipaddress
@@ -104,12 +105,19 @@ def create_app(speakers: Speakers, limits: Limits, gate: Gate) -> FastAPI:
 
     # Not in threads, as functions that are no coroutines would be: the counts of clients have no lock.
     async def admit(request: Request) -> None:
-        rate.take(request.client.host if request.client else "unknown")
+        rate.take(_address(request))
         gate.check_origin(request)
         gate.check_token(request)
 
     async def authorise(request: Request) -> None:
-        gate.check_token(request)
+        # Who watches the service asks as often as they like. Who guesses a token is counted, and then not even told
+        # that a guess was right.
+        rate.take(_address(request), requests=0)
+        try:
+            gate.check_token(request)
+        except Refusal:
+            rate.take(_address(request))
+            raise
 
     app = FastAPI(title="cel_dist", docs_url=None, redoc_url=None, lifespan=lifespan)
     # The last one added is the outermost.
@@ -133,19 +141,29 @@ def create_app(speakers: Speakers, limits: Limits, gate: Gate) -> FastAPI:
 
     async def on_audio(request: Request, work: Callable[[list[Any]], Any], most: int = 1) -> Any:
         """The result of `work` on the decoded recordings of a request, in the worker's thread."""
-        with worker.place():
-            uploads = await read_uploads(request, limits)
-            if len(uploads) > most:
-                raise Refusal(400, f"{len(uploads)} recordings where {most} is wanted; send one")
+        uploads: list[bytes] = []
 
-            def decode_and_work() -> Any:
-                waves = []
-                while uploads:
+        def decode_and_work() -> Any:
+            waves: list[Any] = []
+            number = len(uploads)
+            while uploads:
+                try:
                     waves.append(decode(uploads.pop(0), limits.max_seconds))
-                metrics.audio_seconds.inc(sum(map(len, waves)) / SAMPLE_RATE)
-                return work(waves)
+                except Refusal as refusal:
+                    which = f"recording {len(waves) + 1} of {number}: " if number > 1 else ""
+                    raise Refusal(refusal.status, which + refusal.message) from None
+            metrics.audio_seconds.inc(sum(map(len, waves)) / SAMPLE_RATE)
+            return work(waves)
 
-            return await worker.run(request, decode_and_work)
+        try:
+            with worker.place():
+                uploads += await read_uploads(request, limits)
+                if len(uploads) > most:
+                    raise Refusal(400, f"{len(uploads)} recordings where {most} is wanted; send one")
+                return await worker.run(request, decode_and_work)
+        except asyncio.CancelledError:
+            # Nobody but uvicorn cancels, when it has been ending for long enough.
+            raise Refusal(503, "the service ends; try again later", 1) from None
 
     @api.get("/service")
     def service() -> dict[str, Any]:
@@ -201,6 +219,10 @@ def create_app(speakers: Speakers, limits: Limits, gate: Gate) -> FastAPI:
 
     app.include_router(api)
     return app
+
+
+def _address(request: Request) -> str:
+    return request.client.host if request.client else "unknown"
 
 
 def _add_page(app: FastAPI) -> None:

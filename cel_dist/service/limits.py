@@ -37,9 +37,11 @@ class Limits:
         max_bytes: largest body of a request.
         rate: requests a minute that one client may make; as many at once. 0: any number.
         queue: requests that may be received, wait or be worked on at one time.
-        read_seconds: time that a client has to send the head of a request, and as much for its body.
+        read_seconds: time that a client has to send the head of a request, as much for its body, and as much to take
+            the answer.
         max_recordings: recordings that the store may hold.
         max_connections: connections that are open at one time.
+        end_seconds: time that requests have to be served when the service is asked to end.
 
     Raises:
         CelError: a bound is not above zero (a rate: below zero).
@@ -52,6 +54,7 @@ class Limits:
     read_seconds: float = 20.0
     max_recordings: int = 10_000
     max_connections: int = 512
+    end_seconds: float = 10.0
 
     def __post_init__(self) -> None:
         for field in fields(self):
@@ -72,8 +75,8 @@ class RateLimit:
         self._clock = clock
         self._left: OrderedDict[str, tuple[float, float]] = OrderedDict()
 
-    def take(self, address: str) -> None:
-        """Count a request.
+    def take(self, address: str, requests: int = 1) -> None:
+        """Count a request; with `requests=0`, only look whether one more is allowed.
 
         Raises:
             Refusal: 429, there were too many.
@@ -83,7 +86,7 @@ class RateLimit:
         client, now, capacity = _client(address), self._clock(), max(self._rate, 1.0)
         left, then = self._left.pop(client, (capacity, now))
         left = min(capacity, left + (now - then) * self._rate / 60)
-        self._left[client] = (max(left - 1, 0) if left >= 1 else left, now)
+        self._left[client] = (left - requests if left >= 1 else left, now)
         if len(self._left) > _CLIENTS_REMEMBERED:
             self._left.popitem(last=False)
         if left < 1:

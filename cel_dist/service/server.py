@@ -1,7 +1,9 @@
 """The service as a process: a socket, uvicorn, and an end when it is asked to."""
 
 import contextlib
+import ipaddress
 import logging
+import resource
 import signal
 import socket
 from collections.abc import Callable, Iterator
@@ -16,8 +18,8 @@ from cel_dist.service.web import bounded_connections
 
 logger = logging.getLogger(__name__)
 
-_END_SECONDS = 10
-"""After SIGTERM, requests that are being served have so long to end."""
+_OTHER_FILES = 128
+"""Files that are open beside connections: the store, libraries, the listening socket."""
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -29,7 +31,7 @@ def listen(host: str, port: int) -> socket.socket:
     try:
         family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
         return socket.create_server(address[:2], family=family, backlog=128)
-    except (OSError, OverflowError) as error:
+    except (OSError, OverflowError, UnicodeError) as error:
         reason = getattr(error, "strerror", None) or str(error)
         raise CelError(f"cannot listen on {host} port {port}: {reason}; give another --host or --port") from None
 
@@ -57,14 +59,18 @@ def serve(
         listener: a listening socket.
         limits: of each client and of all.
         token: that clients must send; None: none.
-        trusted_proxy: address of a proxy whose word on a client's address (`X-Forwarded-For`) counts.
+        trusted_proxy: address of a proxy, or its network, whose word on a client's address (`X-Forwarded-For`) counts.
         ready: called when signals are seen to.
 
     Raises:
-        CelError: the token cannot be sent in a header.
+        CelError: the token cannot be sent in a header, the proxy is no address, or the system allows fewer open files
+            than there may be connections.
     """
     if token is not None and (not token.isascii() or not token.isprintable() or token != token.strip() or not token):
         raise CelError("the token is empty or has characters that a header cannot have; give letters and digits")
+    if trusted_proxy is not None:
+        _require_addresses(trusted_proxy)
+    _allow_files(limits.max_connections + _OTHER_FILES)
     only_this_machine = is_loopback(listener.getsockname()[0])
     if token is None and not only_this_machine:
         logger.warning("everybody who reaches this address may enrol and remove people; give --token to change that")
@@ -77,13 +83,41 @@ def serve(
         server_header=False,
         proxy_headers=trusted_proxy is not None,
         forwarded_allow_ips=trusted_proxy,
-        timeout_graceful_shutdown=_END_SECONDS,
+        # Handed to `asyncio.wait_for`, which takes fractions, too.
+        timeout_graceful_shutdown=limits.end_seconds,  # type: ignore[arg-type]
     )
     server = uvicorn.Server(config)
     logging.getLogger("uvicorn.error").setLevel(logging.WARNING)
+    # It warns of what clients send, which is theirs to know.
+    logging.getLogger("python_multipart").setLevel(logging.ERROR)
     with _ends(server):
         ready()
         server.run(sockets=[listener])
+
+
+def _require_addresses(proxies: str) -> None:
+    # uvicorn takes a name for something that no client's address is equal to, and so would trust nobody.
+    for proxy in proxies.split(","):
+        try:
+            ipaddress.ip_network(proxy.strip())
+        except ValueError:
+            raise CelError(
+                f"the trusted proxy '{proxy.strip()}' is no address; give one such as 127.0.0.1, or a network such as "
+                "10.0.0.0/8"
+            ) from None
+
+
+def _allow_files(number: int) -> None:
+    """Have the system allow so many open files: beyond what it allows, connections wait for ever."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != resource.RLIM_INFINITY and soft < number:
+        try:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (number, hard))
+        except (ValueError, OSError):
+            raise CelError(
+                f"--max-connections needs {number} open files, and the system allows {hard}; lower it, or raise that "
+                "with 'ulimit -n'"
+            ) from None
 
 
 @contextlib.contextmanager

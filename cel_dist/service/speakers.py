@@ -89,7 +89,13 @@ class Speakers:
         rows: list[NDArray[np.float32]] = []
         seconds: list[float] = []
         for done, recording in enumerate(recordings, start=1):
-            rows.append(self.model.embed(recording))
+            try:
+                rows.append(self.model.embed(recording))
+            except CelError as error:
+                # A waveform has no name; a file is named in the message.
+                if isinstance(recording, np.ndarray) and len(recordings) > 1:
+                    raise CelError(f"recording {done} of {len(recordings)}: {error}") from None
+                raise
             seconds.append(_seconds(recording))
             if progress is not None:
                 progress(done, len(recordings))

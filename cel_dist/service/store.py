@@ -8,6 +8,7 @@ may ask for them. SQLite locks the file: several processes may read and write on
 half-written is undone by whoever opens it next. What is removed is overwritten with zeros.
 """
 
+import errno
 import os
 import secrets
 import sqlite3
@@ -29,10 +30,15 @@ _APPLICATION_ID = 0x43454C53
 """What marks the file as a store of this project, in the header that SQLite has for that: CELS."""
 _BUSY_SECONDS = 20.0
 _MAX_NAME_CHARACTERS = 100
+_WRONG_PATH = {errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP, errno.EISDIR}
 
 
 class StoreFaultError(CelError):
     """A file that is no store, is damaged, or is of another model."""
+
+
+class OtherModelError(StoreFaultError):
+    """A store whose embeddings are of another model."""
 
 
 class NameFaultError(CelError):
@@ -115,7 +121,7 @@ class SpeakerStore:
         path: the file.
         fingerprint: of the model, see `cel_dist.service.fingerprint`. None: any, for listing and removing.
         embedding_dim: of the model; needed to make a store.
-        create: make the file where there is none.
+        create: make the file where there is none; and let a store without recordings become one of this model.
 
     Raises:
         StoreFaultError: there is no such file, it is no store, or its embeddings are of another model.
@@ -130,7 +136,7 @@ class SpeakerStore:
         self._dimension = embedding_dim
         self._cached: tuple[tuple[str, str], Gallery] | None = None
         self._lock = threading.Lock()
-        if create and fingerprint is not None and not (path.exists() and path.stat().st_size):
+        if create and fingerprint is not None:
             self._create(fingerprint)
         self.check()
 
@@ -189,7 +195,8 @@ class SpeakerStore:
             StoreFaultError: as the constructor.
             RunError: the store cannot be written.
         """
-        name = unicodedata.normalize("NFC", name)
+        # Half characters, which a command line may have, are none for SQLite; and nobody's name has a backslash.
+        name = unicodedata.normalize("NFC", name).encode(errors="backslashreplace").decode()
         with self._open(writing=True) as database:
             removed = database.execute("DELETE FROM recordings WHERE name = ?", (name,)).rowcount
             if not removed:
@@ -232,7 +239,11 @@ class SpeakerStore:
         )
 
     def _create(self, fingerprint: str) -> None:
+        """Make the file if there is none; a store without recordings becomes one of this model."""
         with self._translated():
+            if self.path.exists() and self.path.stat().st_size:
+                self._adopt_if_empty(fingerprint)
+                return
             # Voices are personal data: nobody else may read the file.
             os.close(os.open(self.path, os.O_CREAT | os.O_RDWR, 0o600))
             with self._connection() as database, _transaction(database, "IMMEDIATE"):
@@ -255,15 +266,31 @@ class SpeakerStore:
                 }
                 database.executemany("INSERT INTO meta VALUES (?, ?)", meta.items())
 
+    def _adopt_if_empty(self, fingerprint: str) -> None:
+        # An enrolment that fails on its first recording leaves an empty store, and so does the last removal: that is
+        # no reason to refuse another model.
+        dimension = self._dimension
+        try:
+            self.check()
+        except OtherModelError:
+            query = "SELECT NOT EXISTS (SELECT 1 FROM recordings)"
+            with self._connection() as database, _transaction(database, "IMMEDIATE"):
+                if database.execute(query).fetchone() == (1,):
+                    meta = {"fingerprint": fingerprint, "embedding_dim": str(dimension), "id": secrets.token_hex(8)}
+                    database.executemany(
+                        "UPDATE meta SET value = ? WHERE key = ?", [(value, key) for key, value in meta.items()]
+                    )
+
     @contextmanager
     def _open(self, *, writing: bool = False) -> Iterator[sqlite3.Connection]:
         """A connection and a transaction that is committed when the block ends, and undone if it raises."""
-        if self.path.is_dir():
-            raise StoreFaultError(f"{self.path} is a folder; give a file")
-        if not self.path.is_file():
-            raise StoreFaultError(
-                f"there is no store {self.path}; make one with 'cel enrol NAME FILE --store {self.path}'"
-            )
+        with self._translated():
+            if self.path.is_dir():
+                raise StoreFaultError(f"{self.path} is a folder; give a file")
+            if not self.path.is_file():
+                raise StoreFaultError(
+                    f"there is no store {self.path}; make one with 'cel enrol NAME FILE --store {self.path}'"
+                )
         kind = "IMMEDIATE" if writing else "DEFERRED"
         with self._translated(), self._connection() as database, _transaction(database, kind):
             self._require_own_format(database)
@@ -279,7 +306,7 @@ class SpeakerStore:
             )
         self._dimension = int(meta["embedding_dim"])
         if self._fingerprint not in (None, meta["fingerprint"]):
-            raise StoreFaultError(
+            raise OtherModelError(
                 f"the embeddings in {self.path} are of another model (fingerprint {meta['fingerprint'][:12]}, this "
                 f"one has {str(self._fingerprint)[:12]}); give the model they were made with, or enrol into a new store"
             )
@@ -310,7 +337,8 @@ class SpeakerStore:
                 f"{self.path} is no store of enrolled people, or damaged ({error}); give another"
             ) from None
         except OSError as error:
-            raise RunError(f"cannot make the store {self.path}: {error.strerror}; check the folder") from None
+            fault: type[Exception] = StoreFaultError if error.errno in _WRONG_PATH else RunError
+            raise fault(f"cannot open the store {self.path}: {error.strerror}; check the path") from None
 
 
 @contextmanager

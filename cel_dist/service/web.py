@@ -113,16 +113,20 @@ class Recorded:
 
 
 def bounded_connections(limits: Limits) -> type[H11Protocol]:
-    """uvicorn's connections, fewer than a number, and none that is silent before its request has come.
+    """uvicorn's connections, fewer than a number, and none whose client neither sends a request nor takes an answer.
 
-    uvicorn itself waits for ever for the head of a request, so that a client who sends nothing would keep a descriptor.
+    uvicorn itself waits for ever for the head of a request and for an answer to be taken, so that a client who does
+    nothing would keep a descriptor, and what was to be sent in memory.
     """
 
     class BoundedConnection(H11Protocol):
         _deadline: asyncio.TimerHandle | None = None
+        _answer_deadline: asyncio.TimerHandle | None = None
 
         def connection_made(self, transport: Any) -> None:
             super().connection_made(transport)
+            # So that `pause_writing` is called as soon as a client does not take what it is sent.
+            transport.set_write_buffer_limits(0)
             if len(self.connections) > limits.max_connections:
                 transport.abort()
                 return
@@ -136,8 +140,17 @@ def bounded_connections(limits: Limits) -> type[H11Protocol]:
             else:
                 self._cancel_deadline()
 
+        def pause_writing(self) -> None:
+            super().pause_writing()
+            self._answer_deadline = self.loop.call_later(limits.read_seconds, self.transport.abort)
+
+        def resume_writing(self) -> None:
+            super().resume_writing()
+            self._cancel_answer_deadline()
+
         def connection_lost(self, exc: Exception | None) -> None:
             self._cancel_deadline()
+            self._cancel_answer_deadline()
             super().connection_lost(exc)
 
         def _expect_head(self) -> None:
@@ -147,5 +160,10 @@ def bounded_connections(limits: Limits) -> type[H11Protocol]:
             if self._deadline is not None:
                 self._deadline.cancel()
                 self._deadline = None
+
+        def _cancel_answer_deadline(self) -> None:
+            if self._answer_deadline is not None:
+                self._answer_deadline.cancel()
+                self._answer_deadline = None
 
     return BoundedConnection

@@ -5,6 +5,7 @@ const seconds = (number) => `${number.toFixed(1)} s`;
 let limits = { max_seconds: 60, max_bytes: Infinity };
 let audio = null;
 let recorder = null;
+let busy = 0;
 
 // --- The service ---
 
@@ -20,7 +21,8 @@ async function call(method, path, query = {}, body = undefined) {
     throw new Error("The service does not answer.");
   }
   const answer = await response.json().catch(() => ({ detail: response.statusText }));
-  element("access").hidden = response.status !== 401;
+  // Other refusals tell nothing of the token.
+  if (response.ok || response.status === 401) element("access").hidden = response.ok;
   if (!response.ok) throw new Error(answer.detail);
   return answer;
 }
@@ -32,21 +34,26 @@ function show(text, kind = "") {
 
 async function during(work) {
   document.body.setAttribute("aria-busy", "true");
-  enable(false);
+  busy += 1;
+  enable();
   try {
     await work();
   } catch (error) {
     show(error.message, "bad");
   } finally {
-    document.body.removeAttribute("aria-busy");
-    enable(true);
+    busy -= 1;
+    if (!busy) document.body.removeAttribute("aria-busy");
+    enable();
   }
 }
 
-function enable(idle) {
+function enable() {
+  const idle = !busy;
   const named = element("name").value.trim() !== "";
   element("enrol").disabled = element("verify").disabled = !(idle && audio && named);
   element("identify").disabled = !(idle && audio);
+  // A second click while the browser asks for the microphone would open it twice, and close it once.
+  element("record").disabled = !idle;
 }
 
 // --- A recording ---
@@ -63,7 +70,7 @@ function keep(blob) {
     playback.hidden = false;
     show("");
   }
-  enable(true);
+  enable();
 }
 
 function wav(blocks, rate) {
@@ -102,7 +109,12 @@ async function startRecording() {
     throw new Error(`The microphone cannot be used (${error.message}). Permit it, or choose a file instead.`);
   });
   const context = new AudioContext();
-  await context.audioWorklet.addModule("recorder.js");
+  try {
+    await context.audioWorklet.addModule("recorder.js");
+  } catch {
+    await release(stream, context);
+    throw new Error("The recorder cannot be loaded. Reload the page, or choose a file instead.");
+  }
   const node = new AudioWorkletNode(context, "recorder");
   const blocks = [];
   const longest = Math.min(limits.max_seconds, (limits.max_bytes - 44) / 2 / context.sampleRate) * context.sampleRate;
@@ -126,15 +138,19 @@ async function startRecording() {
   element("record").classList.add("on");
 }
 
+function release(stream, context) {
+  stream.getTracks().forEach((track) => track.stop());
+  return context.close();
+}
+
 async function stopRecording() {
   if (!recorder) return;
   const { stream, context, node, blocks, finished } = recorder;
   recorder = null;
   node.port.postMessage("stop");
   await finished;
-  stream.getTracks().forEach((track) => track.stop());
   const rate = context.sampleRate;
-  await context.close();
+  await release(stream, context);
   element("record").textContent = "Record";
   element("record").classList.remove("on");
   element("level").value = 0;
@@ -184,6 +200,7 @@ async function list() {
     remove.textContent = "Remove";
     remove.setAttribute("aria-label", `Remove ${person.name}`);
     remove.onclick = () =>
+      confirm(`Remove ${person.name} and all embeddings of this person?`) &&
       during(async () => {
         await call("DELETE", "speakers", { name: person.name });
         show(`${person.name} is removed.`);
@@ -215,7 +232,7 @@ element("access").onsubmit = (event) => {
 };
 element("record").onclick = () => during(recorder ? stopRecording : startRecording);
 element("file").onchange = () => element("file").files.length && keep(element("file").files[0]);
-element("name").oninput = () => enable(true);
+element("name").oninput = enable;
 element("enrol").onclick = () => during(enrol);
 element("verify").onclick = () => during(verify);
 element("identify").onclick = () => during(identify);
