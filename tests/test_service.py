@@ -249,6 +249,13 @@ def test_no_path_of_a_request_is_one_of_a_file(service: Service) -> None:
     assert service.call("GET", "/page.js")[0] == 200
 
 
+def test_programs_are_told_which_requests_take_audio(service: Service) -> None:
+    described = service.call("GET", "/openapi.json")[1]["paths"]
+    taking = {path for path, methods in described.items() if "requestBody" in methods.get("post", {})}
+    assert taking == {"/v1/enrol", "/v1/verify", "/v1/identify", "/v1/embed"}
+    assert set(described["/v1/enrol"]["post"]["requestBody"]["content"]) == {"audio/*", "multipart/form-data"}
+
+
 def stream(service: Service, head: bytes, piece: bytes, number: int) -> tuple[bytes, int]:
     """Send a head and so many pieces, as far as the service takes them: what it answers, and the bytes that went."""
     sent = 0

@@ -94,7 +94,7 @@ def test_people_enrol_by_microphone_and_are_told_apart_in_a_browser(tmp_path: Pa
     try:
         page, said = asyncio.run(visit(service, tmp_path, microphone, other))
         assert "the token is missing or wrong" in said["refused"]
-        assert said["enrolled"].startswith(f"{ANN} is enrolled: 1 recordings, ")
+        assert said["enrolled"].startswith(f"{ANN} is enrolled: 1 recording, ")
         assert said["table"].split("\t")[:2] == [ANN, "1"]
         assert said["same"].startswith(f"This is {ANN}: score -0.")
         assert said["colour"] == "good"

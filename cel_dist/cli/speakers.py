@@ -36,7 +36,7 @@ def enrol(
         person = speakers.enrol(name, files, progress=progress)
     emit(
         {**asdict(person), "store": str(store)},
-        f"{person.name}: {person.recordings} recordings, {person.seconds:.1f} s, in {store}",
+        f"{person.name}: {_recordings(person.recordings)}, {person.seconds:.1f} s, in {store}",
         as_json=as_json,
     )
 
@@ -75,7 +75,7 @@ def list_speakers(store: StoreOption, as_json: JsonOption = False) -> None:
     from cel_dist.service.store import SpeakerStore
 
     people = SpeakerStore(store).people()
-    lines = [f"{person.name}: {person.recordings} recordings, {person.seconds:.1f} s" for person in people]
+    lines = [f"{person.name}: {_recordings(person.recordings)}, {person.seconds:.1f} s" for person in people]
     emit(
         {"store": str(store), "speakers": [asdict(person) for person in people]},
         "\n".join(lines or ["nobody is enrolled"]),
@@ -93,4 +93,8 @@ def remove_speaker(
     from cel_dist.service.store import SpeakerStore
 
     removed = SpeakerStore(store).remove(name)
-    emit({"name": name, "removed": removed}, f"removed {name}: {removed} recordings", as_json=as_json)
+    emit({"name": name, "removed": removed}, f"removed {name}: {_recordings(removed)}", as_json=as_json)
+
+
+def _recordings(number: int) -> str:
+    return f"{number} recording{'s' * (number != 1)}"

@@ -40,6 +40,19 @@ _PAGE = {
     "/page.js": ("page.js", "text/javascript"),
     "/recorder.js": ("recorder.js", "text/javascript"),
 }
+_FILE = {"type": "string", "format": "binary"}
+# FastAPI knows nothing of bodies that it does not read itself.
+_TAKES_AUDIO: dict[str, Any] = {
+    "requestBody": {
+        "required": True,
+        "content": {
+            "audio/*": {"schema": _FILE},
+            "multipart/form-data": {
+                "schema": {"type": "object", "properties": {"file": {"type": "array", "items": _FILE}}}
+            },
+        },
+    }
+}
 _PORT = re.compile(r":[0-9]*$")
 Name = Annotated[str, Query(max_length=400, description="Of a person.")]
 
@@ -188,7 +201,7 @@ def create_app(speakers: Speakers, limits: Limits, gate: Gate) -> FastAPI:
         """Forget somebody."""
         return {"name": name, "removed": speakers.store.remove(name)}
 
-    @api.post("/enrol")
+    @api.post("/enrol", openapi_extra=_TAKES_AUDIO)
     async def enrol(request: Request, name: Name) -> Any:
         """Enrol somebody, or add recordings to somebody who is enrolled."""
 
@@ -197,17 +210,17 @@ def create_app(speakers: Speakers, limits: Limits, gate: Gate) -> FastAPI:
 
         return await on_audio(request, work, most=10)
 
-    @api.post("/verify")
+    @api.post("/verify", openapi_extra=_TAKES_AUDIO)
     async def verify(request: Request, name: Name) -> Any:
         """Whether a recording is of somebody who is enrolled."""
         return await on_audio(request, lambda waves: {"name": name, **asdict(speakers.verify(name, waves[0]))})
 
-    @api.post("/identify")
+    @api.post("/identify", openapi_extra=_TAKES_AUDIO)
     async def identify(request: Request, top: Annotated[int, Query(ge=1, le=100)] = 5) -> Any:
         """Who of those enrolled a recording may be of."""
         return await on_audio(request, lambda waves: asdict(speakers.identify(waves[0], top)))
 
-    @api.post("/embed")
+    @api.post("/embed", openapi_extra=_TAKES_AUDIO)
     async def embed(request: Request) -> Any:
         """The unit embedding of a recording."""
 

@@ -166,7 +166,8 @@ const likely = (answer) =>
 
 async function enrol() {
   const person = await call("POST", "enrol", { name: element("name").value.trim() }, audio);
-  show(`${person.name} is enrolled: ${person.recordings} recordings, ${seconds(person.seconds)}.`, "good");
+  const number = person.recordings === 1 ? "1 recording" : `${person.recordings} recordings`;
+  show(`${person.name} is enrolled: ${number}, ${seconds(person.seconds)}.`, "good");
   await list();
 }
 
