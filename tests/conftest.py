@@ -33,6 +33,7 @@ LONGEST = (
     "test_watchdog",
     "test_resuming",
     "test_service",
+    "test_registry",
     "test_export",
     "test_demo",
     "test_launch",

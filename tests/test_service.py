@@ -4,26 +4,20 @@ import contextlib
 import io
 import select
 import socket
-import sys
 import threading
 import time
-import zipfile
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import numpy as np
 import pytest
 import soundfile
-from hostile_audio import flac_bomb
-from service import Service, small_model, speech, wav
+from hostile_audio import hostile_files, in_float
+from service import Service, speech, wav
 
-from cel_dist.data.audio import encode_audio
-from cel_dist.errors import CelError
 from cel_dist.model import load_model
 from cel_dist.service import SpeakerStore
-from cel_dist.service.limits import Limits, RateLimit, Refusal
 
 MAX_BYTES = 2_000_000
 MAX_SECONDS = 20
@@ -136,78 +130,17 @@ def test_a_form_enrols_several_files_and_nothing_is_written_but_the_store(servic
     assert service.call("DELETE", "/v1/speakers", name="Cid")[0] == 404
 
 
-def archive() -> bytes:
-    """A zip of 20 MB of zeros."""
-    file = io.BytesIO()
-    with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as packed:
-        packed.writestr("voice.flac", bytes(20 << 20))
-    return file.getvalue()
-
-
-def in_float(values: np.ndarray, rate_hz: int = 16_000) -> bytes:
-    file = io.BytesIO()
-    soundfile.write(file, values, rate_hz, format="WAV", subtype="FLOAT")
-    return file.getvalue()
-
-
-def flac() -> bytes:
-    file = io.BytesIO()
-    soundfile.write(file, speech(0, 3.0), 16_000, format="FLAC")
-    return file.getvalue()
-
-
-def boasting() -> bytes:
-    """A WAV whose header says that it has 2 GB."""
-    data = bytearray(wav(0))
-    data[4:8] = data[40:44] = (0x7FFF_FF00).to_bytes(4, "little")
-    return bytes(data)
-
-
-def patched(place: int, value: int, size: int) -> bytes:
-    data = bytearray(wav(0))
-    data[place : place + size] = value.to_bytes(size, "little")
-    return bytes(data)
-
-
-HOSTILE = {
-    "nothing": (lambda: b"", {400}),
-    "text": (lambda: b"hello", {415}),
-    "JSON": (lambda: b'{"path": "/etc/passwd"}', {415}),
-    "a picture": (lambda: b"\x89PNG\r\n\x1a\n" + bytes(5000), {415}),
-    "a program": (lambda: Path(sys.executable).read_bytes()[:MAX_BYTES], {415}),
-    "a zip of 20 MB, called .flac": (archive, {415}),
-    "a FLAC that decodes to ten hours": (lambda: flac_bomb(36_000), {413}),
-    "a FLAC of five minutes in 655 kHz": (lambda: flac_bomb(300, 655_350), {413}),
-    "half a FLAC": (lambda: flac()[: len(flac()) // 2], {200, 422}),
-    "the head of a FLAC": (lambda: flac()[:42], {422}),
-    "the head of a WAV": (lambda: wav(0)[:44], {422}),
-    "half the head of a WAV": (lambda: wav(0)[:20], {422}),
-    "half a WAV": (lambda: wav(0)[: len(wav(0)) // 2], {200}),
-    "a WAV that says it has 2 GB": (boasting, {200}),
-    "a WAV at 1 Hz": (lambda: patched(24, 1, 4), {422}),
-    "seven minutes of WAV at 1 kHz": (lambda: in_float(np.full(440_000, 0.1, np.float32), 1000), {413}),
-    "a WAV of 60 000 channels": (lambda: patched(22, 60_000, 2), {422}),
-    "silence": (lambda: in_float(np.zeros(16_000)), {422}),
-    "a moment": (lambda: wav(0, 0.01), {422}),
-    "not a number": (lambda: in_float(np.full(16_000, np.nan)), {422}),
-    "noise called MP3": (lambda: b"ID3" + np.random.default_rng(0).bytes(500_000), {200, 422}),
-    "noise called Ogg": (lambda: b"OggS" + np.random.default_rng(0).bytes(500_000), {422}),
-    "too long": (lambda: wav(0, MAX_SECONDS + 1), {413}),
-    "too large": (lambda: bytes(MAX_BYTES + 1), {413}),
-}
-
-
 def test_hostile_files_are_refused_or_served_in_bounded_memory(service: Service) -> None:
-    found = {}
+    found, files = {}, hostile_files(MAX_BYTES, MAX_SECONDS)
     with bounded(service):
-        for name, (make, _) in HOSTILE.items():
+        for name, (make, _) in files.items():
             status, answer = service.call("POST", "/v1/verify", make(), name="Ann")
             found[name] = status
             if status != 200:
                 assert set(answer) == {"detail"}
                 assert "\n" not in answer["detail"]
                 assert str(service.store) not in answer["detail"]
-    wrong = {name: status for name, status in found.items() if status not in HOSTILE[name][1]}
+    wrong = {name: status for name, status in found.items() if status not in files[name][1]}
     assert not wrong
 
 
@@ -385,189 +318,3 @@ def test_the_log_has_addresses_and_no_names(service: Service) -> None:
     # Nor whom somebody claims to be: the rate is counted by the address in the log.
     assert "198.51.100.7" not in log
     assert "Traceback" not in log
-
-
-def test_a_token_a_rate_a_full_store_and_an_end_in_peace(tmp_path: Path) -> None:
-    proxy = ("--trusted-proxy", "127.0.0.1")
-    service = Service(
-        tmp_path, "--token", "s3cret", "--rate", 12, "--max-recordings", 1, "--max-connections", 20, *proxy
-    )
-    try:
-        token = {"Authorization": "Bearer s3cret"}
-
-        def call(method: str, path: str, body: object = None, client: str = "198.51.100.1", **rest: object):
-            headers = {"X-Forwarded-For": client, **token, **rest.pop("headers", {})}
-            return service.answer(method, path, body, headers, **rest)
-
-        for given in ({}, {"Authorization": "Bearer s3cre"}, {"Authorization": "Basic s3cret"}):
-            status, headers, answer = service.answer("GET", "/v1/speakers", None, given)
-            assert (status, headers["www-authenticate"]) == (401, "Bearer")
-            assert "token" in answer["detail"]
-            assert service.call("GET", "/metrics", None, given)[0] == 401
-        assert service.call("GET", "/health")[0] == 200
-        assert service.call("GET", "/")[0] == 200
-        assert service.call("GET", "/metrics", None, token)[0] == 200
-        # With a token, the name by which a proxy calls the service does not matter.
-        assert call("GET", "/v1/speakers", headers={"Host": "voices.example"})[0] == 200
-
-        assert call("POST", "/v1/enrol", wav(0), name="Ann")[0] == 200
-        status, _, answer = call("POST", "/v1/enrol", wav(0), name="Bob")
-        assert (status, answer["detail"][:37]) == (507, "the store holds 1 of at most 1 record")
-
-        statuses = [call("GET", "/v1/speakers", client="203.0.113.9")[0] for _ in range(13)]
-        assert statuses == [200] * 12 + [429]
-        status, headers, _ = call("GET", "/v1/speakers", client="203.0.113.9")
-        assert 1 <= int(headers["retry-after"]) <= 6
-        assert call("GET", "/v1/speakers", client="203.0.113.10")[0] == 200
-        # Guesses are counted wherever a token is asked for; whoever has it may watch as often as they like.
-        assert {call("GET", "/metrics", client="203.0.113.11")[0] for _ in range(13)} == {200}
-        wrong = {"Authorization": "Bearer guess"}
-        guesses = [call("GET", "/metrics", client="203.0.113.12", headers=wrong)[0] for _ in range(13)]
-        assert guesses == [401] * 12 + [429]
-        assert call("GET", "/metrics", client="203.0.113.12")[0] == 429
-        assert service.call("GET", "/health")[0] == 200
-
-        # One connection more than there may be is closed, the others stay.
-        with contextlib.ExitStack() as opened:
-            connections = [opened.enter_context(service.connect()) for _ in range(21)]
-            with contextlib.suppress(ConnectionResetError):
-                assert connections[20].recv(1) == b""
-            connections[0].sendall(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n")
-            assert connections[0].recv(1 << 16).startswith(b"HTTP/1.1 200 ")
-
-        # A request that is being served when the end comes is served.
-        with service.connect() as connection:
-            body = wav(0)
-            head = (
-                f"POST /v1/identify HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer s3cret\r\nContent-Length: {len(body)}"
-            )
-            connection.sendall(f"{head}\r\n\r\n".encode() + body[:1000])
-            _wait_until_admitted(service, token)
-            service.process.terminate()
-            _wait_until_closed(service)
-            connection.sendall(body[1000:])
-            assert connection.recv(1 << 16).startswith(b"HTTP/1.1 200 ")
-        assert service.process.wait(30) == 0
-        assert "Traceback" not in service.log.read_text()
-    finally:
-        service.close()
-
-
-def test_an_end_that_requests_do_not_come_to_in_time_is_told_to_them(tmp_path: Path) -> None:
-    service = Service(tmp_path, "--end-seconds", 0.1)
-    try:
-        body = encode_audio(np.tile(speech(0, 10.0), 4), "wav")
-        head = f"POST /v1/embed HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}\r\n\r\n".encode()
-        with contextlib.ExitStack() as opened:
-            clients = [opened.enter_context(service.connect()) for _ in range(6)]
-            for client in clients[1:]:
-                client.sendall(head + body)
-            clients[0].sendall(head + body[:1000])
-            _wait_until_admitted(service, {}, 6)
-            service.process.terminate()
-            answers = [b"".join(iter(lambda client=client: client.recv(1 << 16), b"")) for client in clients]
-        assert service.process.wait(60) == 0
-        # One body does not come, one recording is worked on at a time, and the others wait for their turn.
-        told = [answer.startswith(b"HTTP/1.1 503 ") and b"the service ends" in answer for answer in answers]
-        assert told[0]
-        assert sum(told) >= 2
-        assert "Traceback" not in service.log.read_text()
-    finally:
-        service.close()
-
-
-def _wait_until_admitted(service: Service, token: dict[str, str], number: int = 1) -> None:
-    deadline = time.monotonic() + 20
-    while f"cel_requests_admitted {number}.0" not in service.call("GET", "/metrics", None, token)[1]:
-        assert time.monotonic() < deadline
-
-
-def _wait_until_closed(service: Service) -> None:
-    deadline = time.monotonic() + 20
-    with contextlib.suppress(ConnectionRefusedError):
-        while time.monotonic() < deadline:
-            service.connect().close()
-        pytest.fail("the service takes new connections")
-
-
-def test_a_token_that_was_to_come_and_is_empty_opens_nothing(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    from cel_dist.cli.app import run
-
-    monkeypatch.setenv("CEL_SERVE_TOKEN", "")
-    assert run(["serve", "--model", "absent", "--store", "people.db", "--port", "0"]) == 2
-    assert capsys.readouterr().err.startswith("error: CEL_SERVE_TOKEN is empty; ")
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        (("--max-seconds", "0"), "max_seconds=0.0; give a number above zero"),
-        (("--rate", "-1"), "rate=-1.0; give a number above zero, or 0"),
-        (("--token", "h\u00e9"), "the token is empty or has characters"),
-        (("--host", "203.0.113.1"), "cannot listen on 203.0.113.1"),
-        (("--host", "a" * 70), "cannot listen on aaaa"),
-        (("--trusted-proxy", "proxy.example"), "the trusted proxy 'proxy.example' is no address"),
-        (("--max-connections", str(1 << 40)), "and the system allows "),
-        (("--port", "{taken}"), "give another --host or --port"),
-        (("--store", "model"), "model is a folder; give a file"),
-        (("--model", "absent"), "there is no model at absent"),
-    ],
-)
-def test_what_it_cannot_serve_with_is_one_line(
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-    options: tuple[str, str],
-    message: str,
-) -> None:
-    from cel_dist.cli.app import run
-
-    monkeypatch.chdir(tmp_path)
-    small_model().save("model")
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        given = {"--model": "model", "--store": "people.db", "--port": "0"}
-        given[options[0]] = options[1].format(taken=taken.getsockname()[1])
-        code = run(["serve", *(word for pair in given.items() for word in pair)])
-    captured = capsys.readouterr()
-    assert (code, captured.out) == (2, "")
-    assert captured.err.startswith("error: ")
-    assert message in captured.err
-    assert captured.err.count("\n") == 1
-
-
-def test_the_rate_comes_back_over_a_minute_and_is_of_an_address() -> None:
-    now = 0.0
-    limit = RateLimit(6, lambda: now)
-    for _ in range(6):
-        limit.take("192.0.2.1")
-    with pytest.raises(Refusal) as refused:
-        limit.take("192.0.2.1")
-    assert refused.value.status == 429
-    assert refused.value.retry_after_seconds == pytest.approx(10)
-    limit.take("192.0.2.2")
-    now = 10.0
-    limit.take("192.0.2.1")
-    with pytest.raises(Refusal):
-        limit.take("192.0.2.1")
-    # A subscriber of IPv6 has all addresses of a network.
-    for number in range(6):
-        limit.take(f"2001:db8::{number}")
-    with pytest.raises(Refusal):
-        limit.take("2001:db8::ffff")
-    limit.take("2001:db8:0:1::1")
-    limit.take("::ffff:192.0.2.2")
-
-
-def test_clients_that_are_remembered_are_bounded() -> None:
-    limit = RateLimit(1, lambda: 0.0)
-    for number in range(20_000):
-        limit.take(f"10.0.{number >> 8}.{number & 255}")
-    assert len(limit._left) == 10_000
-
-
-def test_limits_that_are_none_are_refused() -> None:
-    for wrong in ({"queue": 0}, {"max_bytes": -1}, {"read_seconds": float("inf")}, {"rate": float("nan")}):
-        with pytest.raises(CelError, match="give a number above zero"):
-            Limits(**wrong)
