@@ -67,6 +67,7 @@ def test_a_trial_has_its_values_and_a_place_of_its_own(small_corpus, tmp_path, m
         ({"search": "grid", "space": {"loss.pairs": {"choice": ["pon"]}}, "trials": 3}, "leave out sweep.trials"),
         ({"search": "tpe", "scheduler": "pbt"}, "goes with sweep.search=random"),
         ({"scheduler": "pbt", "space": {"train.batch_size": {"choice": [4, 8]}}}, "cannot change train.batch_size"),
+        ({"scheduler": "pbt", "trials": 4, "concurrent": 2}, "compares all 4 trials .*; leave out sweep.concurrent"),
         ({"scheduler": "fifo", "reduction": 4}, "sweep.reduction is not used with sweep.scheduler=fifo"),
         ({"trails": 3}, "unknown key 'sweep.trails'; did you mean 'sweep.trials'"),
     ],

@@ -85,7 +85,11 @@ def _prepare(sweep: Sweep, resume: bool) -> None:
                 f"{sweep.folder} already has a sweep; go on with --resume, or choose another run.dir for a new one"
             )
         if noted.read_text() != text:
-            raise CelError(f"{noted} has other settings than this sweep; go on with those, or choose another run.dir")
+            former, now = (set(text.splitlines()) for text in (noted.read_text(), text))
+            raise CelError(
+                f"{noted} has other settings than this sweep ({', '.join(map(str.strip, sorted(former - now)))}); go "
+                "on with those, or choose another run.dir"
+            )
     elif resume:
         raise CelError(f"{sweep.folder} has no sweep to go on with; leave out --resume, or name its run.dir")
     with atomic_write(noted) as file:
