@@ -224,7 +224,7 @@ def test_a_sweep_that_is_ended_or_killed_is_closed_and_goes_on(cluster, small_co
     second = written()
     with pytest.raises(CelError, match="go on with --resume"):
         run_sweep(load_sweep(file))
-    with pytest.raises(CelError, match=r"other settings than this sweep \(seed: 0\)"):
+    with pytest.raises(CelError, match=r"other settings than this sweep: sweep\.seed=0;"):
         run_sweep(load_sweep(file, ["sweep.seed=1"]), resume=True)
     # As after a loss of power: Ray begins anew with what it cannot read.
     state = max((folder / "tune").glob("experiment_state-*.json"))
