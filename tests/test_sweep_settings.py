@@ -16,6 +16,7 @@ from cel_dist.config_file import load_config
 from cel_dist.errors import CelError
 from cel_dist.sweep import plots
 from cel_dist.sweep.outcomes import Outcome, best_of, curve, read_outcomes, write_outcomes
+from cel_dist.sweep.run import run_sweep
 from cel_dist.sweep.settings import Sweep, load_sweep
 from cel_dist.sweep.summary import best_settings, importances
 from cel_dist.sweep.table import line, table
@@ -67,6 +68,7 @@ def test_a_trial_has_its_values_and_a_place_of_its_own(small_corpus, tmp_path, m
         ({"search": "grid", "space": {"loss.pairs": {"choice": ["pon"]}}, "trials": 3}, "leave out sweep.trials"),
         ({"search": "tpe", "scheduler": "pbt"}, "goes with sweep.search=random"),
         ({"scheduler": "pbt", "space": {"train.batch_size": {"choice": [4, 8]}}}, "cannot change train.batch_size"),
+        ({"scheduler": "pbt", "trials": 4, "concurrent": 2}, "compares all 4 trials .*; leave out sweep.concurrent"),
         ({"scheduler": "fifo", "reduction": 4}, "sweep.reduction is not used with sweep.scheduler=fifo"),
         ({"trails": 3}, "unknown key 'sweep.trails'; did you mean 'sweep.trials'"),
     ],
@@ -103,6 +105,12 @@ def test_a_sweep_is_in_one_place_for_processes_with_other_working_folders(small_
     monkeypatch.chdir(tmp_path / "worker")
     assert sweep.folder == tmp_path / "runs/sweep"
     assert sweep.tracking_uri == f"sqlite:///{tmp_path}/here.db"
+
+
+def test_a_sweep_does_not_go_through_the_client_of_ray(small_corpus, tmp_path):
+    with pytest.raises(CelError, match="give HOST:PORT, or auto"):
+        run_sweep(sweep_of(small_corpus, tmp_path), address="ray://localhost:10001")
+    assert not (tmp_path / "sweep").exists()
 
 
 def test_ranks_that_fit_on_no_machine_are_refused():

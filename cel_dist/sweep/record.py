@@ -119,6 +119,9 @@ class SweepRecord:
             self._client.set_tag(run_id, "sweep.outcome", event)
         known = self._client.get_run(run_id).info.status
         if known != "RUNNING" and not (run / UNSENT_FILE).exists():
+            if known == "KILLED" and event is not None:
+                # It had come to its end when the sweep was killed, or was seen to only now.
+                self._client.set_terminated(run_id, status)
             return
         if event is None and known in ("FAILED", "KILLED"):
             # What only lacks a part does not become what it is not.

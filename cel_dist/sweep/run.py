@@ -4,11 +4,13 @@ import logging
 import os
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
+
+import yaml
 
 from cel_dist.data.files import atomic_write, sole_writer
 from cel_dist.errors import CelError, PreemptedError, RunError
@@ -85,11 +87,24 @@ def _prepare(sweep: Sweep, resume: bool) -> None:
                 f"{sweep.folder} already has a sweep; go on with --resume, or choose another run.dir for a new one"
             )
         if noted.read_text() != text:
-            raise CelError(f"{noted} has other settings than this sweep; go on with those, or choose another run.dir")
+            former, now = (dict(_leaves(yaml.safe_load(text))) for text in (noted.read_text(), text))
+            changed = [path for path in {**former, **now} if former.get(path) != now.get(path)]
+            told = ", ".join(f"{path}={former.get(path)}" for path in changed)
+            raise CelError(
+                f"{noted} has other settings than this sweep: {told}; go on with those, or choose another run.dir"
+            )
     elif resume:
         raise CelError(f"{sweep.folder} has no sweep to go on with; leave out --resume, or name its run.dir")
     with atomic_write(noted) as file:
         file.write(text.encode())
+
+
+def _leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in tree.items():
+        if isinstance(value, Mapping):
+            yield from _leaves(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name, value
 
 
 def _run(sweep: Sweep, register_as: str | None) -> dict[str, Any]:

@@ -146,6 +146,11 @@ class SweepSection(Section):
             )
         if self.scheduler == "pbt" and self.num_trials < 2:
             raise ValueError("sweep.scheduler=pbt compares trials; set sweep.trials to 2 or more")
+        if self.scheduler == "pbt" and (self.concurrent or self.num_trials) < self.num_trials:
+            raise ValueError(
+                f"sweep.scheduler=pbt compares all {self.num_trials} trials on their way, and takes turns where there "
+                "is no room for them; leave out sweep.concurrent"
+            )
         for name, schedulers in _SCHEDULERS.items():
             is_set = getattr(self, name) != type(self).model_fields[name].default
             if is_set and self.scheduler not in schedulers:

@@ -87,6 +87,10 @@ class Trial(tune.Trainable):  # type: ignore[misc]
             if record is not None:
                 return record
             if is_over:
+                if self._last is None and self._origin is not None:
+                    # It took over what was at its end already; that evaluation is all there is.
+                    self._reported, self._origin = self._origin["step"] - 1, None
+                    continue
                 if self._last is None:
                     raise RunError(f"the run has no evaluation after its first step; see {self._run_dir}")
                 return {RESULT_DUPLICATE: True, DONE: True, **self._last}

@@ -5,6 +5,7 @@ import os
 import pickle
 import shutil
 import tempfile
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -72,6 +73,8 @@ def search(job: Job, callbacks: Sequence[Callback], former: Sequence[Outcome] = 
     logging.getLogger("ray.tune").setLevel(logging.ERROR)
     # Which trials failed or are left is told from the outcomes.
     logging.getLogger("ray.tune.tune").addFilter(_is_news)
+    # Actors of trials are not used again: what they hold of a run goes with them.
+    warnings.filterwarnings("ignore", "Consider boosting PBT performance")
     scheduler = _scheduler(job)
     try:
         outcome = tune.run(
