@@ -1,5 +1,8 @@
 """What exported files compute, waveform to unit embedding, in operations that every runtime has for any length."""
 
+import contextlib
+import io
+import logging
 import math
 from typing import Any
 
@@ -125,7 +128,14 @@ def _traced(
     """
     # torch has no other name for this setting; its exporter to ONNX uses it, too.
     setting = experimental_config.patch(backed_size_oblivious=oblivious)  # type: ignore[attr-defined]
-    with setting, mode:
+    # An attempt that fails has the whole graph printed, and a warning; what there is to know is in what is raised.
+    logger = logging.getLogger("torch.fx.experimental.symbolic_shapes")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    with contextlib.ExitStack() as stack:
+        stack.callback(logger.setLevel, level)
+        for context in (setting, mode, contextlib.redirect_stderr(io.StringIO())):
+            stack.enter_context(context)
         return torch.export.export(
             WaveformEncoder(model).eval(),
             (torch.zeros(2, SAMPLE_RATE),),
