@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+from cel_dist.back_end import BackEnd
 from cel_dist.cli.app import run
 from cel_dist.config_file import parse_config
 from cel_dist.data.audio import encode_audio
@@ -281,6 +282,7 @@ def test_two_models_are_compared_wherever_they_are(cel: Cel, filled: str, place:
         "b": str(place / "poor"),
         "differing": {},
         "same_weights": True,
+        "same_back_end": True,
     }
     shutil.copytree(place / "poor", tmp_path / "copy")
     tree = json.loads((tmp_path / "copy" / "model.json").read_text())
@@ -288,7 +290,15 @@ def test_two_models_are_compared_wherever_they_are(cel: Cel, filled: str, place:
     _, text, _ = cel("diff", place / "poor", tmp_path / "copy")
     assert "threshold: -0.5 | -0.25\n" in text
     assert "scoring: negative_euclidean | cosine\n" in text
-    assert "the weights are the same" in text
+    assert text.endswith("the weights are the same\n")
+    # Calibrated with a cohort, it is the same encoder.
+    model = load_model(place / "poor")
+    cohort = model.embed([place / "audio" / f"{number}.wav" for number in range(3)])
+    calibration = Calibration(slope=1.0, offset=0.0)
+    model.calibrate(0.0, calibration, BackEnd.fit(cohort, score_norm="s"), "cohort").save(tmp_path / "normed")
+    found = told(cel("diff", place / "poor", tmp_path / "normed", "--json"))
+    assert (found["same_weights"], found["same_back_end"]) == (True, False)
+    assert found["differing"]["back_end.score_norm"] == [None, "s"]
 
 
 def test_a_model_of_a_run_belongs_to_the_run(registry: str, place: Path, tmp_path: Path) -> None:
