@@ -3,6 +3,7 @@
 import contextlib
 import io
 import json
+import logging
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -18,7 +19,9 @@ from torch import Tensor, nn
 from cel_dist.back_end import BackEnd
 from cel_dist.cli.app import run
 from cel_dist.data.audio import encode_audio
-from cel_dist.encoders import build_encoder, registry
+from cel_dist.encoders import build_encoder, ecapa_tdnn, registry
+from cel_dist.encoders.fast_resnet34 import FastResNet34
+from cel_dist.encoders.resnet34 import ResNet34
 from cel_dist.errors import CelError, RunError
 from cel_dist.export import FORMATS, export_model
 from cel_dist.export.files import metadata
@@ -29,6 +32,18 @@ from cel_dist.model import Calibration, EncoderDescription, ModelDescription, Sp
 
 DIMENSION = 32
 DOCUMENT = Path(__file__).resolve().parent.parent / "docs" / "deployment.md"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _shallow() -> Iterator[None]:
+    """Every kind of block of the deep encoders once: tracing takes as long as there are blocks, and learns no more."""
+    with pytest.MonkeyPatch.context() as patch:
+        for encoder in (FastResNet34, ResNet34):
+            # The first stage keeps the size, all others change it.
+            patch.setattr(encoder, "layout", [(channels, 1, stride) for channels, _, stride in encoder.layout[:2]])
+        patch.setattr(ecapa_tdnn, "_DILATIONS", (3,))
+        patch.setattr(ecapa_tdnn, "_SCALE", 4)
+        yield
 
 
 def new_model(name: str = "fast_resnet34", pooling: str = "default", num_mels: int = 40) -> SpeakerModel:
@@ -163,8 +178,9 @@ def test_the_example_of_the_documentation_decides_as_cel_verify_does(model, expo
 @pytest.mark.parametrize(
     ("name", "pooling", "num_mels"),
     [
-        ("tdnn", "sap", 80),
-        ("vggvox", "tap", 40),
+        ("tdnn", "tap", 80),
+        # One frame is left of the shortest audio.
+        ("vggvox", "sap", 40),
         ("resnet34", "stats", 40),
         ("ecapa_tdnn_512", "asp", 80),
     ],
@@ -233,11 +249,16 @@ def test_a_file_that_computes_something_else_is_refused_and_not_left(odd, tmp_pa
         (without_onnx, ["onnx"], "encoder 'odd' cannot be exported as ONNX .*bessel_i1"),
     ],
 )
-def test_an_encoder_that_cannot_be_exported_is_named_with_the_reason(odd, tmp_path, oddity, formats, message):
+def test_an_encoder_that_cannot_be_exported_is_named_with_the_reason(
+    odd, tmp_path, capfd, caplog, oddity, formats, message
+):
     with pytest.raises(CelError, match=message) as raised:
         export_model(odd(oddity), tmp_path / "new" / "out", formats)
     assert "\n" not in str(raised.value)
     assert list(tmp_path.iterdir()) == []
+    # torch has graphs of hundreds of lines to show.
+    assert capfd.readouterr() == ("", "")
+    assert [record for record in caplog.records if record.levelno >= logging.WARNING] == []
 
 
 def test_any_encoder_can_be_exported_as_safetensors(odd, tmp_path):
@@ -276,7 +297,7 @@ def test_without_the_packages_of_onnx_the_remedy_is_named(model, tmp_path, monke
 
 
 def test_a_disk_that_is_full_leaves_nothing(model, mount_disk):
-    disk = mount_disk(512)
+    disk = mount_disk(64)
     with pytest.raises(RunError, match=r"cannot write the exported model .*/disk/out: No space left"):
         export_model(model, disk / "out", ["safetensors"])
     assert list(disk.iterdir()) == []

@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 import torch
 
+from cel_dist.back_end import BackEnd
 from cel_dist.cli.app import run
 from cel_dist.config_file import parse_config
 from cel_dist.data.audio import encode_audio
 from cel_dist.description import (
-    BackEndDescription,
     Calibration,
     EncoderDescription,
     MeasuredOn,
@@ -163,36 +163,6 @@ def test_a_long_card_fits_into_mlflow(place: Path) -> None:
     assert shortened(card, len(card)) == card
 
 
-def described(settings: dict[str, Any], **values: Any) -> ModelDescription:
-    training = Provenance(config=parse_config(settings, "test").model_dump(mode="json"), metrics={"eer": 0.1})
-    encoder = EncoderDescription(name="fast_resnet34", embedding_dim=DIMENSION)
-    return ModelDescription(encoder=encoder, training=training, **values)
-
-
-def test_a_card_lists_the_settings_that_repeat_the_training() -> None:
-    def listed(settings: dict[str, Any]) -> list[str]:
-        return [line.strip() for line in model_card(described(settings), "cel").splitlines() if line.startswith("    ")]
-
-    # Profile 3 is the default, though no configuration without a bank has it.
-    assert listed({"data": {"shards": "s", "bank": "b"}}) == ["data.shards=s", "data.bank=b"]
-    changed = {"data": {"shards": "s"}, "augment": {"profile": 0, "speeds": [0.9, 1.1]}, "eval": {"at_start": False}}
-    assert listed(changed) == [
-        "data.shards=s",
-        "augment.profile=0",
-        "augment.speeds=[0.9, 1.1]",
-        "eval.at_start=false",
-    ]
-
-
-def test_a_card_does_not_pass_off_error_rates_as_those_of_a_later_back_end() -> None:
-    settings = {"data": {"shards": "s", "bank": "b"}}
-    assert "without mean and norm" not in model_card(described(settings), "cel")
-    back_end = BackEndDescription(score_norm="as", cohort="cohort.txt")
-    card = model_card(described(settings, back_end=back_end), "cel")
-    assert "; as-norm (cohort cohort.txt)" in card
-    assert "embeddings as they are, without mean and norm of the cohort" in card
-
-
 def test_an_alias_moves_only_to_a_better_model_if_that_is_demanded(cel: Cel, registry: str, place: Path) -> None:
     demand = ("--if-better-on", place / "trials.txt", "--root", place / "audio", "--json")
     # Nobody to compare with.
@@ -285,6 +255,7 @@ def test_two_models_are_compared_wherever_they_are(cel: Cel, filled: str, place:
         "b": str(place / "poor"),
         "differing": {},
         "same_weights": True,
+        "same_back_end": True,
     }
     shutil.copytree(place / "poor", tmp_path / "copy")
     tree = json.loads((tmp_path / "copy" / "model.json").read_text())
@@ -292,7 +263,15 @@ def test_two_models_are_compared_wherever_they_are(cel: Cel, filled: str, place:
     _, text, _ = cel("diff", place / "poor", tmp_path / "copy")
     assert "threshold: -0.5 | -0.25\n" in text
     assert "scoring: negative_euclidean | cosine\n" in text
-    assert "the weights are the same" in text
+    assert text.endswith("the weights are the same\n")
+    # Calibrated with a cohort, it is the same encoder.
+    model = load_model(place / "poor")
+    cohort = model.embed([place / "audio" / f"{number}.wav" for number in range(3)])
+    calibration = Calibration(slope=1.0, offset=0.0)
+    model.calibrate(0.0, calibration, BackEnd.fit(cohort, score_norm="s"), "cohort").save(tmp_path / "normed")
+    found = told(cel("diff", place / "poor", tmp_path / "normed", "--json"))
+    assert (found["same_weights"], found["same_back_end"]) == (True, False)
+    assert found["differing"]["back_end.score_norm"] == [None, "s"]
 
 
 def test_a_model_of_a_run_belongs_to_the_run(registry: str, place: Path, tmp_path: Path) -> None:

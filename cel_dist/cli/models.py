@@ -154,7 +154,10 @@ def diff(
     found = compare_models(first, second, tracking_uri)
     lines = [f"{path}: {_shown(one)} | {_shown(other)}" for path, (one, other) in found.differing.items()]
     lines.append("the weights are the same" if found.same_weights else "the weights differ")
-    values = {"a": first, "b": second, "differing": found.differing, "same_weights": found.same_weights}
+    if not found.same_back_end:
+        lines.append("mean or cohort of the back end differ")
+    same = {"same_weights": found.same_weights, "same_back_end": found.same_back_end}
+    values = {"a": first, "b": second, "differing": found.differing, **same}
     emit(values, "\n".join(lines), as_json=as_json)
 
 

@@ -1,5 +1,8 @@
 """What exported files compute, waveform to unit embedding, in operations that every runtime has for any length."""
 
+import contextlib
+import io
+import logging
 import math
 from typing import Any
 
@@ -94,22 +97,28 @@ def traced(model: SpeakerModel) -> torch.export.ExportedProgram:
         CelError: the encoder computes what cannot be traced, such as a branch that depends on values or lengths.
     """
     dimensions = {0: torch.export.Dim("batch", min=1), 1: torch.export.Dim("samples", min=MIN_SAMPLES)}
-    try:
-        program = _traced(model, dimensions, oblivious=True)
-    except Exception:
+    failure: Exception | None = None
+    for mode, oblivious in (
+        (_WithoutMemoryFormats, True),
+        (_WithoutMemoryFormats, False),
+        (_FramesByConvolution, True),
+    ):
         try:
-            program = _traced(model, dimensions, oblivious=False)
+            program = _traced(model, dimensions, mode(), oblivious=oblivious)
         # An encoder may be anybody's, and what torch raises has no common class.
         except Exception as error:
-            raise not_exportable(model, "a graph", error) from error
-    for node in program.graph.nodes:
-        # Paths of this machine.
-        node.meta.pop("stack_trace", None)
-    return program
+            failure = error
+            continue
+        for node in program.graph.nodes:
+            # Paths of this machine.
+            node.meta.pop("stack_trace", None)
+        return program
+    assert failure is not None
+    raise not_exportable(model, "a graph", failure) from failure
 
 
 def _traced(
-    model: SpeakerModel, dimensions: dict[int, torch.export.Dim], *, oblivious: bool
+    model: SpeakerModel, dimensions: dict[int, torch.export.Dim], mode: TorchFunctionMode, *, oblivious: bool
 ) -> torch.export.ExportedProgram:
     """One attempt of `traced`.
 
@@ -119,7 +128,14 @@ def _traced(
     """
     # torch has no other name for this setting; its exporter to ONNX uses it, too.
     setting = experimental_config.patch(backed_size_oblivious=oblivious)  # type: ignore[attr-defined]
-    with setting, _WithoutMemoryFormats():
+    # An attempt that fails has the whole graph printed, and a warning; what there is to know is in what is raised.
+    logger = logging.getLogger("torch.fx.experimental.symbolic_shapes")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    with contextlib.ExitStack() as stack:
+        stack.callback(logger.setLevel, level)
+        for context in (setting, mode, contextlib.redirect_stderr(io.StringIO())):
+            stack.enter_context(context)
         return torch.export.export(
             WaveformEncoder(model).eval(),
             (torch.zeros(2, SAMPLE_RATE),),
@@ -141,6 +157,25 @@ class _WithoutMemoryFormats(TorchFunctionMode):
         if func is Tensor.contiguous:
             kwargs.pop("memory_format", None)
         return func(*args, **kwargs)
+
+
+class _FramesByConvolution(_WithoutMemoryFormats):
+    """Multiplies frames [B, F, C] by a matrix as a convolution of width 1, too.
+
+    torch chooses among ways to multiply by whether there is one frame, and a program would be held to the choice. That
+    is what a pooling with weights does behind an encoder which leaves one frame of the shortest audio.
+    """
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func is functional.linear and args[0].dim() == 3:
+            weight, bias = args[1], args[2] if len(args) > 2 else (kwargs or {}).get("bias")
+        elif func in (torch.matmul, Tensor.matmul, Tensor.__matmul__) and (args[0].dim(), args[1].dim()) == (3, 2):
+            weight, bias = args[1].T, None
+        else:
+            return super().__torch_function__(func, types, args, kwargs)
+        return functional.conv1d(args[0].transpose(1, 2), weight[:, :, None], bias).transpose(1, 2)
 
 
 def not_exportable(model: SpeakerModel, kind: str, error: Exception) -> CelError:
