@@ -55,10 +55,14 @@ def expected(model_folder: Path) -> np.ndarray:
 
 
 @pytest.fixture(scope="module")
-def pyfunc(packed: Path) -> Any:
+def pyfunc(packed: Path) -> Iterator[Any]:
     import mlflow
 
-    return mlflow.pyfunc.load_model(str(packed))
+    # MLflow puts the code that the model carries before everything else, for good; processes started later by other
+    # tests would import it.
+    before = list(sys.path)
+    yield mlflow.pyfunc.load_model(str(packed))
+    sys.path[:] = before
 
 
 @pytest.fixture
