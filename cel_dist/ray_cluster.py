@@ -33,7 +33,10 @@ def connected(address: str, cpus: int | None = None) -> Iterator[Any]:
     """
     # Before the import, which reads them. Telling Ray's makers of what users run is not this program's to decide.
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    _authenticate(address)
+    if address == "local" and "ray" not in sys.modules:
+        # What Ray does by itself in a cluster that it starts, and warns of. Of another cluster nobody can tell whether
+        # it asks for the token, and a process that sends one does not work with one that does not.
+        os.environ.setdefault("RAY_AUTH_MODE", "token")
     # Ray tries again without end what its own watch over memory killed, whatever the retries of the task.
     os.environ.setdefault("RAY_task_oom_retries", str(RETRIES))
     try:
@@ -61,16 +64,6 @@ def connected(address: str, cpus: int | None = None) -> Iterator[Any]:
         ray.shutdown()
 
 
-def _authenticate(address: str) -> None:
-    """Use Ray's token where there is one. `ray start` asks for it as soon as its file is there, as it is once any
-    cluster of this machine has run; a process that connects sends it only if it is told to, to whoever wants it."""
-    file = os.environ.get("RAY_AUTH_TOKEN_PATH") or os.path.expanduser("~/.ray/auth_token")
-    has_token = "RAY_AUTH_TOKEN" in os.environ or os.path.isfile(file)
-    # Ray has read its settings when it is imported. In a cluster of its own it does this by itself, and warns of it.
-    if "ray" not in sys.modules and (has_token or address == "local"):
-        os.environ.setdefault("RAY_AUTH_MODE", "token")
-
-
 def _require_reachable(address: str) -> None:
     """Raise RunError if nobody answers at a host and port, for which Ray itself waits several minutes."""
     known = os.environ.get("RAY_ADDRESS", "") if address == "auto" else address
@@ -84,9 +77,15 @@ def _require_reachable(address: str) -> None:
 
 
 def _unreachable(address: str, why: str) -> str:
+    token = os.environ.get("RAY_AUTH_TOKEN_PATH") or os.path.expanduser("~/.ray/auth_token")
+    if "RAY_AUTH_MODE" not in os.environ and os.path.isfile(token):
+        # `ray start` asks for the token as soon as its file is there: once any cluster has run on the machine.
+        remedy = f"if it asks for the token in {token}, set RAY_AUTH_MODE=token; else start one with 'ray start --head'"
+    else:
+        remedy = "start one with 'ray start --head'"
     return (
-        f"no Ray cluster can be reached at '{address}': {why.rstrip('.').lower()}; start one with 'ray start --head', "
-        "give its address, or 'local' (--ray local, --address local)"
+        f"no Ray cluster can be reached at '{address}': {why.rstrip('.').lower()}; {remedy}, give its address, or "
+        "'local' (--ray local, --address local)"
     )
 
 

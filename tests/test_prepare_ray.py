@@ -181,7 +181,7 @@ def test_the_command_line_starts_a_cluster_for_the_time(
     assert contents(out) == straight
 
 
-def test_a_cluster_that_wants_the_token_of_its_user_gets_it(corpus: Path, tmp_path: Path) -> None:
+def test_of_a_cluster_that_wants_a_token_it_is_told_how_to_send_it(corpus: Path, tmp_path: Path) -> None:
     # As `ray start` does by itself once a cluster has run on the machine.
     environment = {name: value for name, value in os.environ.items() if name != "RAY_AUTH_MODE"}
     environment |= {"HOME": str(tmp_path), "RAY_USAGE_STATS_ENABLED": "0"}
@@ -198,9 +198,14 @@ def test_a_cluster_that_wants_the_token_of_its_user_gets_it(corpus: Path, tmp_pa
             assert "Token authentication is enabled" in log.read_text()
             command = [sys.executable, "-m", "cel_dist", "prepare", str(corpus), "--out", str(tmp_path / "out")]
             command += ["--ray", f"127.0.0.1:{port}", "--json"]
-            done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+            refused, done = (
+                subprocess.run(command, env={**environment, **token}, capture_output=True, text=True, check=False)
+                for token in ({}, {"RAY_AUTH_MODE": "token"})
+            )
         finally:
             head.terminate()
+    assert refused.returncode == 1
+    assert f"{tmp_path}/.ray/auth_token, set RAY_AUTH_MODE=token; " in refused.stderr.splitlines()[-1]
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["samples"] == 20
 

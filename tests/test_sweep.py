@@ -205,9 +205,15 @@ def test_a_sweep_that_is_ended_or_killed_is_closed_and_goes_on(cluster, small_co
 
     def end_by(signum: int, number: int, *options: str) -> int:
         """Start, wait until so many trials are over and the next one is recorded, and send the signal."""
-        with subprocess.Popen([*command, *options], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
-            wait_for(lambda: len(finished()) == number, 240)
-            wait_for(lambda: len(list(folder.glob("trials/*/1/mlflow_run_id.txt"))) == number + 1)
+        log = tmp_path / f"{number}.log"
+        with log.open("wb") as err, subprocess.Popen([*command, *options], stdout=err, stderr=err) as process:
+
+            def is_reached(condition: bool) -> bool:
+                assert process.poll() is None, log.read_text()
+                return condition
+
+            wait_for(lambda: is_reached(len(finished()) == number), 240)
+            wait_for(lambda: is_reached(len(list(folder.glob("trials/*/1/mlflow_run_id.txt"))) == number + 1))
             process.send_signal(signum)
         # Somebody closes the records, and the ranks end with the search.
         wait_for(lambda: not ranks_below(folder), 60)
