@@ -11,6 +11,7 @@ import argparse
 import json
 import os
 import platform
+import secrets
 import statistics
 import subprocess
 import sys
@@ -43,6 +44,8 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=4, help="epochs of a trial that is not stopped")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder for sweep.json and .md")
     options = parser.parse_args()
+    # Both sides of a connection must know whether there is a token, and which.
+    os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         corpus = prepare(folder)
