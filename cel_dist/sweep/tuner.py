@@ -1,6 +1,7 @@
 """The search itself: Ray Tune with the searcher and the scheduler that a sweep names."""
 
 import logging
+import math
 import os
 import pickle
 import shutil
@@ -172,7 +173,12 @@ def _scheduler(job: Job) -> TrialScheduler:
             stop_last_trials=False,
         )
     if section.scheduler == "median":
-        return MedianStoppingRule(time_attr="epoch", grace_period=section.grace_epochs)
+        return MedianStoppingRule(
+            time_attr="epoch",
+            grace_period=section.grace_epochs,
+            # Trials that wait do not take turns with those that run: each turn is a start of all ranks.
+            min_time_slice=math.inf,
+        )
     if section.scheduler == "pbt":
         return PopulationBasedTraining(
             time_attr="epoch",
