@@ -1,7 +1,7 @@
 """Configuration files: YAML that holds what differs from the defaults, and `key=value` overrides of the same paths."""
 
 import difflib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar, get_args
@@ -169,6 +169,19 @@ def assign(tree: dict[str, Any], path: str, value: Any, source: str) -> None:
             raise CelError(f"{source}: '{section}' is a value, not a section")
         node = child
     node[leaf] = value
+
+
+def flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """The leaves of nested mappings under dotted names.
+
+    >>> dict(flat({"a": {"b": 1}, "c": [2]}))
+    {'a.b': 1, 'c': [2]}
+    """
+    for name, value in tree.items():
+        if isinstance(value, Mapping):
+            yield from flat(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name, value
 
 
 def _describe(detail: Mapping[str, Any], kind: type[Config]) -> str:

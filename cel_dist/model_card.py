@@ -1,10 +1,10 @@
 """The card of a model: what `model.json` says, for people."""
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any
 
-from cel_dist.config_file import parse_config
+from cel_dist.config_file import flat, parse_config
 from cel_dist.description import ModelDescription, Provenance
 
 _SCORES = {
@@ -150,16 +150,3 @@ def _settings(training: Provenance) -> Iterator[str]:
     for path, value in flat(training.config):
         if not path.startswith(_OF_THE_RUN) and usual.get(path) != value:
             yield f"    {path}={value if isinstance(value, str) else json.dumps(value)}"
-
-
-def flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """The leaves of nested mappings under dotted names.
-
-    >>> dict(flat({"a": {"b": 1}, "c": [2]}))
-    {'a.b': 1, 'c': [2]}
-    """
-    for name, value in tree.items():
-        if isinstance(value, Mapping):
-            yield from flat(value, f"{prefix}{name}.")
-        else:
-            yield prefix + name, value

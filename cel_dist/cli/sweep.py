@@ -36,14 +36,11 @@ def sweep(
     loaded = load_sweep(config, overrides or [])
     result = run_sweep(loaded, address=address, resume=resume, register_as=register)
     best = result["best"]
-    if best is None:
-        text = f"no trial was evaluated; see {result['sweep_dir']}"
-    else:
-        text = (
-            f"best {result['metric']} {best['best']:.4f}: trial {best['id']} with {told(best['values'])}\n"
-            f"its configuration {result['files']['best']}, its model {best['run_dir']}/model, all trials "
-            f"{result['files']['page']}"
-        )
-        if result["model_uri"]:
-            text += f"\nregistered as {result['model_uri']}"
+    text = (
+        f"best {result['metric']} {best['best']:.4f}: trial {best['id']} with {told(best['values'])}\n"
+        f"its configuration {result['files']['best']}, its model {best['run_dir']}/model, all trials "
+        f"{result['files']['page']}"
+    )
+    if result["model_uri"]:
+        text += f"\nregistered as {result['model_uri']}"
     emit(result, text, as_json=as_json)

@@ -91,7 +91,7 @@ def det_plot(curves: Mapping[str, tuple[ArrayLike, ArrayLike]], *, picture: Form
         axes.set(xlim=(low, high), ylim=(low, high), aspect="equal")
         axes.set(xlabel="false acceptance (%)", ylabel="false rejection (%)")
         axes.legend(loc="upper right")
-        return _render(figure, picture)
+        return render(figure, picture)
 
 
 def score_histogram(
@@ -122,7 +122,7 @@ def score_histogram(
             axes.axvline(threshold, color=_GREY, linestyle="--", linewidth=1.2, label=f"threshold {threshold:.3f}")
         axes.set(xlabel="score", ylabel="density")
         figure.legend(loc="outside upper left", ncols=2, fontsize=9, columnspacing=1.2, handlelength=1.4)
-        return _render(figure, picture)
+        return render(figure, picture)
 
 
 def group_errors(groups: Sequence[Group], control: Control | None = None, *, picture: Format = "png") -> bytes:
@@ -168,7 +168,7 @@ def group_errors(groups: Sequence[Group], control: Control | None = None, *, pic
         largest = max([rate for _, _, rate, _ in bars if rate is not None], default=0.5)
         axes.set_xlim(0, max(150 * largest, 1.0))
         axes.set_xlabel("EER (%), in brackets the target / non-target trials")
-        return _render(figure, picture)
+        return render(figure, picture)
 
 
 def training_curves(records: Sequence[Mapping[str, Any]], *, picture: Format = "png") -> bytes:
@@ -193,7 +193,7 @@ def training_curves(records: Sequence[Mapping[str, Any]], *, picture: Format = "
             _draw_series(axes, title, series)
         for axes in grid[len(panels) :]:
             axes.set_axis_off()
-        return _render(figure, picture)
+        return render(figure, picture)
 
 
 def speaker_map(embeddings: ArrayLike, speakers: Sequence[str], *, picture: Format = "png") -> bytes:
@@ -224,7 +224,7 @@ def speaker_map(embeddings: ArrayLike, speakers: Sequence[str], *, picture: Form
         axes.spines[["left", "bottom"]].set_visible(False)
         if is_named:
             figure.legend(loc="outside right upper", ncols=1, fontsize=8, handletextpad=0.2)
-        return _render(figure, picture)
+        return render(figure, picture)
 
 
 def _visible(x: NDArray[np.float64], y: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
@@ -262,7 +262,8 @@ def _cycle(count: int) -> list[str]:
     return [_COLOURS[number % len(_COLOURS)] for number in range(count)]
 
 
-def _render(figure: Figure, picture: Format) -> bytes:
+def render(figure: Figure, picture: Format) -> bytes:
+    """A figure as the bytes of a file; the same figure gives the same bytes."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format=picture, dpi=120, metadata={"Date": None} if picture == "svg" else None)
     return buffer.getvalue()

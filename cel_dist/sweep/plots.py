@@ -1,6 +1,5 @@
 """Pictures of a sweep, as SVG: parallel coordinates, importances, and what each epoch bought."""
 
-import io
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -10,7 +9,7 @@ from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 
-from cel_dist.evaluation.plots import STYLE
+from cel_dist.evaluation.plots import STYLE, render
 from cel_dist.sweep.outcomes import Outcome
 from cel_dist.sweep.section import Parameter
 from cel_dist.sweep.table import short
@@ -28,9 +27,7 @@ def parallel_coordinates(outcomes: Sequence[Outcome], space: Mapping[str, Parame
     """A line a trial, through its settings to what it reached; the best is drawn last and bold."""
     measured = sorted((outcome for outcome in outcomes if outcome.best is not None), key=_best, reverse=True)
     settings = list(space)
-    heights = {
-        setting: _Axis(space[setting], [outcome.values[setting] for outcome in measured]) for setting in settings
-    }
+    heights = {setting: _Axis(space[setting]) for setting in settings}
     values = [_best(outcome) for outcome in measured]
     scale: Any = Normalize(min(values), max(max(values), min(values) + 1e-9))
     colours: Any = ScalarMappable(scale, _MAP)
@@ -60,7 +57,7 @@ def parallel_coordinates(outcomes: Sequence[Outcome], space: Mapping[str, Parame
             axes.text(len(settings) + 0.03, height, f"{value:.4f}", zorder=5, **_LABEL)
         axes.set_xlim(-0.2, len(settings) + 0.5)
         axes.set_ylim(-0.05, 1.2)
-        return _svg(figure)
+        return render(figure, "svg")
 
 
 def importances(shares: Mapping[str, float]) -> bytes:
@@ -72,7 +69,7 @@ def importances(shares: Mapping[str, float]) -> bytes:
         axes.barh(names, [shares[name] for name in names], color="#0072B2")
         axes.set_xlabel("share of the differences")
         axes.grid(visible=False, axis="y")
-        return _svg(figure)
+        return render(figure, "svg")
 
 
 def budget(curves: Mapping[str, Sequence[tuple[float, float]]], best: str | None, metric: str) -> bytes:
@@ -93,13 +90,13 @@ def budget(curves: Mapping[str, Sequence[tuple[float, float]]], best: str | None
         axes.set_ylabel(metric)
         if best is not None and curves.get(best):
             axes.legend()
-        return _svg(figure)
+        return render(figure, "svg")
 
 
 class _Axis:
     """Where the values of a setting stand on its axis, from 0 to 1."""
 
-    def __init__(self, parameter: Parameter, values: Sequence[Any]) -> None:
+    def __init__(self, parameter: Parameter) -> None:
         self._choice = [str(value) for value in parameter.choice] if parameter.choice is not None else None
         self._is_log, self._is_whole = parameter.log_uniform is not None, parameter.integer is not None
         if self._choice is None:
@@ -123,9 +120,3 @@ class _Axis:
 def _best(outcome: Outcome) -> float:
     assert outcome.best is not None
     return outcome.best
-
-
-def _svg(figure: Figure) -> bytes:
-    stream = io.BytesIO()
-    figure.savefig(stream, format="svg", metadata={"Date": None})
-    return stream.getvalue()

@@ -4,7 +4,7 @@ import logging
 import os
 import signal
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -76,7 +76,7 @@ def _asked_to_end(sweep: Sweep) -> str:
 
 def _prepare(sweep: Sweep, resume: bool) -> None:
     """Check that the folder is what `resume` says, and note the search in it."""
-    from cel_dist.config_file import dump_config
+    from cel_dist.config_file import dump_config, flat
     from cel_dist.sweep.section import SweepConfig
 
     noted = sweep.folder / RESOLVED
@@ -87,7 +87,7 @@ def _prepare(sweep: Sweep, resume: bool) -> None:
                 f"{sweep.folder} already has a sweep; go on with --resume, or choose another run.dir for a new one"
             )
         if noted.read_text() != text:
-            former, now = (dict(_leaves(yaml.safe_load(text))) for text in (noted.read_text(), text))
+            former, now = (dict(flat(yaml.safe_load(text))) for text in (noted.read_text(), text))
             changed = [path for path in {**former, **now} if former.get(path) != now.get(path)]
             told = ", ".join(f"{path}={former.get(path)}" for path in changed)
             raise CelError(
@@ -97,14 +97,6 @@ def _prepare(sweep: Sweep, resume: bool) -> None:
         raise CelError(f"{sweep.folder} has no sweep to go on with; leave out --resume, or name its run.dir")
     with atomic_write(noted) as file:
         file.write(text.encode())
-
-
-def _leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for name, value in tree.items():
-        if isinstance(value, Mapping):
-            yield from _leaves(value, f"{prefix}{name}.")
-        else:
-            yield prefix + name, value
 
 
 def _run(sweep: Sweep, register_as: str | None) -> dict[str, Any]:

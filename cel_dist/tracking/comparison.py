@@ -5,10 +5,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from cel_dist.config_file import flat
 from cel_dist.data.files import sha256_of
 from cel_dist.description import DESCRIPTION_FILE, read_description
 from cel_dist.model import load_published
-from cel_dist.model_card import flat
 from cel_dist.model_folder import BACK_END_FILE, WEIGHTS_FILE, model_folder_of
 
 

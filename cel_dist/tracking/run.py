@@ -4,13 +4,14 @@ import json
 import logging
 import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 from numpy.typing import NDArray
 
 from cel_dist.config import Config
+from cel_dist.config_file import flat
 from cel_dist.description import DESCRIPTION_FILE, read_description
 from cel_dist.errors import CelError, RunError
 from cel_dist.tracking.connection import (
@@ -141,7 +142,10 @@ class MlflowTracker(Tracker):
 
     def log_params(self, config: Config) -> None:
         """Record the configuration; MLflow's parameters are final, so what a resumed run changes becomes a tag."""
-        values = dict(_flatten(config.model_dump(mode="json")))
+        values = {
+            path: redacted(value) if isinstance(value, str) else json.dumps(value)
+            for path, value in flat(config.model_dump(mode="json"))
+        }
         self._outbox.put_task(Task("the configuration", lambda: self._send_params(values)))
 
     def log_metrics(self, metrics: Mapping[str, float], step: int, seconds: float | None = None) -> None:
@@ -288,14 +292,6 @@ class MlflowTracker(Tracker):
 
 def _line(error: Exception) -> str:
     return str(error) if isinstance(error, CelError) else first_line(error)
-
-
-def _flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
-    for name, value in tree.items():
-        if isinstance(value, Mapping):
-            yield from _flatten(value, f"{prefix}{name}.")
-        else:
-            yield prefix + name, redacted(value) if isinstance(value, str) else json.dumps(value)
 
 
 def _write(path: Path, text: str) -> None:

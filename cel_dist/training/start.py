@@ -6,12 +6,13 @@ settings that leave the model alone may change on the way.
 
 import hashlib
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from cel_dist.config import Config
+from cel_dist.config_file import flat
 from cel_dist.description import DESCRIPTION_FILE, read_description
 from cel_dist.errors import CelError
 from cel_dist.training.checkpoint import SavedRun, TrainState, complete_checkpoints, read_checkpoint, require_whole
@@ -224,18 +225,10 @@ def _step_of_model(folder: Path) -> int | None:
 
 
 def _changed_settings(former: Config, now: Config) -> dict[str, tuple[Any, Any]]:
-    before = dict(_flatten(former.model_dump(mode="json")))
-    after = dict(_flatten(now.model_dump(mode="json")))
+    before = dict(flat(former.model_dump(mode="json")))
+    after = dict(flat(now.model_dump(mode="json")))
     return {
         key: (before.get(key), value)
         for key, value in after.items()
         if before.get(key) != value and not any(key == free or key.startswith(f"{free}.") for free in _FREE)
     }
-
-
-def _flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for name, value in tree.items():
-        if isinstance(value, Mapping):
-            yield from _flatten(value, f"{prefix}{name}.")
-        else:
-            yield prefix + name, value
