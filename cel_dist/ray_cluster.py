@@ -6,7 +6,8 @@ import socket
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from importlib import import_module
+from typing import Any, Literal
 
 from cel_dist.data.pool import default_workers
 from cel_dist.errors import CelError, RunError
@@ -19,16 +20,17 @@ _HOST_AND_PORT = re.compile(r"^(?:ray://)?\[?(?P<host>[^\[\]/]+)\]?:(?P<port>\d+
 
 
 @contextmanager
-def connected(address: str, cpus: int | None = None) -> Iterator[Any]:
+def connected(address: str, cpus: int | None = None, extra: Literal["ray", "sweep"] = "ray") -> Iterator[Any]:
     """The module `ray`, connected to a cluster within the block.
 
     Args:
         address: as `ray.init` takes it. `local` starts a cluster on this machine and ends it afterwards. If this
             process is connected to a cluster already, that one is used, and stays.
         cpus: cores of a `local` cluster. Default: those that this process may use.
+        extra: of this package that brings what is used of Ray.
 
     Raises:
-        CelError: Ray is not installed, or the address is none.
+        CelError: Ray, or what that part of it needs, is not installed, or the address is none.
         RunError: the cluster cannot be reached.
     """
     # Before the import, which reads them. Telling Ray's makers of what users run is not this program's to decide.
@@ -41,9 +43,12 @@ def connected(address: str, cpus: int | None = None) -> Iterator[Any]:
     os.environ.setdefault("RAY_task_oom_retries", str(RETRIES))
     try:
         import ray
-        import ray.exceptions
-    except ImportError:
-        raise CelError("Ray is not installed; pip install 'cel_dist[ray]', or do without") from None
+
+        import_module("ray.tune" if extra == "sweep" else "ray.exceptions")
+    except ImportError as error:
+        problem = "Ray is not installed" if error.name == "ray" else f"a part of Ray is missing ({first_line(error)})"
+        remedy = "pip install 'cel_dist[sweep]'" if extra == "sweep" else "pip install 'cel_dist[ray]', or do without"
+        raise CelError(f"{problem}; {remedy}") from None
     if ray.is_initialized():
         yield ray
         return

@@ -3,6 +3,8 @@
 import io
 import json
 import math
+import subprocess
+import sys
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 from typing import Any
@@ -111,6 +113,18 @@ def test_a_sweep_does_not_go_through_the_client_of_ray(small_corpus, tmp_path):
     with pytest.raises(CelError, match="give HOST:PORT, or auto"):
         run_sweep(sweep_of(small_corpus, tmp_path), address="ray://localhost:10001")
     assert not (tmp_path / "sweep").exists()
+
+
+def test_what_a_sweep_lacks_of_ray_is_said_in_one_line():
+    pytest.importorskip("ray", reason="Ray is not installed: pip install 'cel_dist[sweep]'")
+    program = (
+        "import sys; sys.modules['pyarrow'] = None\n"
+        "from cel_dist.ray_cluster import connected\n"
+        "with connected('local', extra='sweep'): pass"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert "CelError: a part of Ray is missing" in done.stderr
+    assert done.stderr.strip().endswith("pip install 'cel_dist[sweep]'")
 
 
 def test_ranks_that_fit_on_no_machine_are_refused():

@@ -22,7 +22,8 @@ from cel_dist.errors import CelError, RunError
 from cel_dist.launcher.ranks import LAUNCH, new_launch
 from cel_dist.ray_cluster import first_line
 
-_START_SECONDS = 120.0
+# On a busy machine an interpreter with Ray takes minutes.
+_START_SECONDS = 600.0
 # What the actor of the trial itself takes of the share of rank 0.
 DRIVER_CPUS = 0.1
 

@@ -62,7 +62,7 @@ def run_sweep(
             with sole_writer(sweep.folder, "cel sweep"):
                 _prepare(sweep, resume)
                 # Ray takes SIGTERM for itself when it starts.
-                with connected(address), _interruptible():
+                with connected(address, extra="sweep"), _interruptible():
                     return _run(sweep, register_as)
     except (KeyboardInterrupt, SystemExit):
         raise PreemptedError(_asked_to_end(sweep)) from None
@@ -150,13 +150,13 @@ def _run(sweep: Sweep, register_as: str | None) -> dict[str, Any]:
     result: dict[str, Any] = {
         "sweep_dir": str(sweep.folder),
         "metric": sweep.section.metric,
-        "best": asdict(summary.best) if summary.best else None,
+        "best": asdict(summary.best),
         "importances": summary.importances,
         "trials": [asdict(outcome) for outcome in read_outcomes(sweep.folder)],
         "files": {kind: str(path) for kind, path in summary.files.items()},
         "model_uri": None,
     }
-    if register_as is not None and summary.best is not None and summary.best.run_dir is not None:
+    if register_as is not None and summary.best.run_dir is not None:
         result["model_uri"] = register_model(
             summary.best.run_dir, register_as, sweep.tracking_uri, experiment=sweep.base.tracking.experiment
         )

@@ -157,7 +157,8 @@ def sqlite_file(uri: str) -> Path | None:
 def _check_database(path: Path) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        probe = sqlite3.connect(path, timeout=5)
+        # Others may be writing to it, on a disk that is slow.
+        probe = sqlite3.connect(path, timeout=60)
         try:
             probe.execute("PRAGMA schema_version")
         finally:
