@@ -10,7 +10,6 @@ import logging
 import os
 import secrets
 import socket
-import sys
 import time
 import traceback
 import warnings
@@ -29,6 +28,7 @@ from torch.distributed import distributed_c10d as c10d
 from cel_dist.config_sections import EngineSection
 from cel_dist.distributed import World, free_port
 from cel_dist.errors import CelError, PreemptedError, RunError
+from cel_dist.imports import hidden
 from cel_dist.watch import Limits, Watchdog, listen, named
 
 logger = logging.getLogger(__name__)
@@ -153,7 +153,7 @@ def _prepare(world: World) -> torch.device:
         if not os.environ.get(name):
             raise CelError(f"WORLD_SIZE is set but {name} is not; start through deepspeed or torchrun")
     # DeepSpeed's autotuner, which is not used, imports mlflow where it can: two seconds of every rank's start.
-    with _hidden("mlflow"):
+    with hidden("mlflow"):
         import deepspeed
 
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
@@ -166,19 +166,6 @@ def _prepare(world: World) -> torch.device:
     if device.type == "cuda":
         torch.cuda.set_device(device)
     return device
-
-
-@contextmanager
-def _hidden(package: str) -> Iterator[None]:
-    """Let an import of a package fail within the block, unless it is there already."""
-    if package in sys.modules:
-        yield
-        return
-    sys.modules[package] = None  # type: ignore[assignment]
-    try:
-        yield
-    finally:
-        del sys.modules[package]
 
 
 def _connect(world: World, timeout_seconds: float) -> c10d.Store:

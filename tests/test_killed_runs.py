@@ -74,7 +74,7 @@ def is_rank(process: psutil.Process) -> bool:
 
 def is_launcher(process: psutil.Process) -> bool:
     try:
-        return any(word.startswith("deepspeed.launcher") for word in process.cmdline())
+        return "cel_dist.launcher.node" in process.cmdline()
     except psutil.Error:
         return False
 

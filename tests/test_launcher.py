@@ -1,5 +1,6 @@
 """The command `cel train` starts ranks with, what it refuses, and the processes of a launch: who is told, who ends."""
 
+import base64
 import functools
 import json
 import os
@@ -18,6 +19,7 @@ from cel_dist.cli.app import run as cel
 from cel_dist.data.files import sole_writer
 from cel_dist.errors import EXIT_PREEMPTED, CelError, PreemptedError, RunError
 from cel_dist.launcher import Placement, launcher_command
+from cel_dist.launcher.command import device_ids
 from cel_dist.launcher.hostfile import read_hostfile
 from cel_dist.launcher.nodes import write_environment
 from cel_dist.launcher.process import LaunchProcess
@@ -61,27 +63,90 @@ def test_a_hostfile_is_read_or_its_fault_named(hostfile):
         read_hostfile(hostfile)
 
 
-def test_a_dry_run_prints_the_command_and_starts_nothing(config, hostfile, tmp_path, capfd):
+def world_info(devices: dict[str, list[str]]) -> str:
+    return base64.urlsafe_b64encode(json.dumps(devices).encode()).decode()
+
+
+def test_a_dry_run_prints_the_command_and_starts_nothing(config, hostfile, tmp_path, capfd, monkeypatch):
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     file = config()
     train = ["train", str(file), "run.name=two words", "--resume", "none", "--dry-run"]
     assert cel([*train, "--nproc", "2", "--master-port", "4711"]) == 0
     expected = (
-        f"--num_accelerators 2 --master_port 4711 --module cel_dist.train {file} 'run.name=two words' --resume none"
+        f"--node_rank 0 --master_addr 127.0.0.1 --master_port 4711 --module cel_dist.train {file} 'run.name=two words' "
+        "--resume none"
     )
-    assert capfd.readouterr().out == f"{sys.executable} -m deepspeed.launcher.runner {expected}\n"
+    start = f"{sys.executable} -m cel_dist.launcher.node --world_info {world_info({'localhost': ['0', '1']})}"
+    assert capfd.readouterr().out == f"{start} {expected}\n"
     assert cel([*train, "--hostfile", str(hostfile), "--json"]) == 0
     command = json.loads(capfd.readouterr().out)["command"]
-    assert command[3:5] == ["--hostfile", str(hostfile)]
+    assert command[1:5] == ["-m", "deepspeed.launcher.runner", "--hostfile", str(hostfile)]
     assert "--no_ssh" not in command
     # A path that all nodes see, where the variables for them will be.
     assert command[command.index("--venv_script") + 1] == str(tmp_path / "run" / ".environment")
     assert cel([*train, "--hostfile", str(hostfile), "--no-ssh", "--node-rank", "1", "--json"]) == 0
     command = json.loads(capfd.readouterr().out)["command"]
-    meeting = ["--master_port", "29500", "--no_ssh", "--node_rank", "1", "--master_addr", "first.example"]
-    assert command[5:12] == meeting
+    meeting = ["--node_rank", "1", "--master_addr", "first.example", "--master_port", "29500"]
+    assert command[2:11] == ["cel_dist.launcher.node", "--world_info", command[4], *meeting]
+    slots = {"first.example": ["0", "1"], "10.0.0.2": ["0", "1", "2", "3"]}
+    assert command[4] == world_info(slots)
+    # The devices of the user hold for this node alone.
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,6,7")
     there = Placement(hostfile=hostfile, node_rank=0, master_addr="10.0.0.9", master_port=5)
-    assert launcher_command(file, [], there, resume="auto")[-6:-4] == ["10.0.0.9", "--module"]
+    command = launcher_command(file, [], there, resume="auto")
+    assert command[4] == world_info({**slots, "first.example": ["4", "6"]})
+    assert command[7:11] == ["--master_addr", "10.0.0.9", "--master_port", "5"]
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("visible", "devices"),
+    [
+        (None, ["0", "1"]),
+        ("", ["0", "1"]),
+        ("3,1", ["3", "1"]),
+        ("7,5,3", ["7", "5"]),
+        ("MIG-8b3a,GPU-71a3", ["MIG-8b3a", "GPU-71a3"]),
+        *((none, ["-1", "-1"]) for none in ("-1", "NoDevFiles", "void", "none", "-1,0,1")),
+        ("3", "names 1 device for 2 processes; unset it, name 2, or start fewer with --nproc 1"),
+        ("3,3", "names 1 device for 2"),
+        ("3,-1,5", "names 1 device for 2"),
+    ],
+)
+def test_the_ranks_get_the_devices_that_the_user_names(visible, devices):
+    if isinstance(devices, list):
+        assert device_ids(2, visible) == devices
+        return
+    with pytest.raises(CelError, match=f"CUDA_VISIBLE_DEVICES={visible} {devices}"):
+        device_ids(2, visible)
+
+
+# Rank 0 says through a pipe what it was told; rank 1, when it has read that, prints both and is killed.
+TOLD = """
+import json, os, signal, sys
+names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "CUDA_VISIBLE_DEVICES")
+told = json.dumps({name: os.environ.get(name) for name in names})
+if os.environ["RANK"] == "0":
+    print(told, file=open(sys.argv[2], "w"), flush=True)
+else:
+    print("told", open(sys.argv[2]).read() + told, flush=True)
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_the_launcher_of_a_node_tells_ranks_their_place_and_how_one_was_killed(tmp_path, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,3,1")
+    script, pipe = tmp_path / "rank.py", tmp_path / "pipe"
+    script.write_text(TOLD)
+    os.mkfifo(pipe)
+    command = launcher_command(script, [], Placement(2), resume="auto")
+    command = command[: command.index("--module")]
+    done = subprocess.run([*command, script, pipe], capture_output=True, check=False)
+    assert what_ended(done.returncode, over_ssh=False) == "a rank was killed by SIGKILL"
+    first, second = done.stdout.decode().partition("told ")[2].splitlines()[:2]
+    told = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "CUDA_VISIBLE_DEVICES": "5,3"}
+    assert json.loads(first) == {"RANK": "0", "LOCAL_RANK": "0", **told}
+    assert json.loads(second) == {"RANK": "1", "LOCAL_RANK": "1", **told}
 
 
 def test_options_that_do_not_fit_each_other_are_refused_in_a_line(config, hostfile, capfd):
@@ -200,6 +265,8 @@ subprocess.run(node, start_new_session=how == "ssh")
 """
 # Stands for that launcher.
 NODE = "import subprocess, sys; subprocess.run(sys.argv[2:])"
+# As that of DeepSpeed does, which asks the ranks and waits for them.
+PATIENT_NODE = f"import signal; signal.signal(signal.SIGTERM, lambda number, frame: None); {NODE}"
 RANK = """
 from cel_dist.launcher.ranks import end_with_launcher
 end_with_launcher()
@@ -316,14 +383,14 @@ while signal.sigwait({signal.SIGUSR1}):
 @pytest.mark.parametrize(
     ("name", "signals", "outcome"),
     [
-        ("cel_dist.train", [signal.SIGUSR1, signal.SIGTERM], f"{-signal.SIGTERM} SIGUSR1 SIGTERM False\n"),
-        ("no rank", [signal.SIGUSR1], f"{-signal.SIGTERM} SIGUSR1 True\n"),
+        ("cel_dist.train", [signal.SIGUSR1, signal.SIGTERM], f"{-signal.SIGKILL} SIGUSR1 SIGTERM False\n"),
+        ("no rank", [signal.SIGUSR1], f"{-signal.SIGKILL} SIGUSR1 True\n"),
         ("cel_dist.train", [signal.SIGINT], ""),
     ],
     ids=["second signal", "before the ranks", "ctrl-c"],
 )
 def test_what_does_not_end_when_asked_ends_at_the_second_signal(name, signals, outcome):
-    node = [sys.executable, "-c", NODE, "--module", sys.executable, "-c", SLOW, name]
+    node = [sys.executable, "-c", PATIENT_NODE, "--module", sys.executable, "-c", SLOW, name]
     command = [sys.executable, "-c", DRIVER, *node]
     # To the whole group, as a terminal and some schedulers send them.
     options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "start_new_session": True}
@@ -334,7 +401,8 @@ def test_what_does_not_end_when_asked_ends_at_the_second_signal(name, signals, o
         os.killpg(process.pid, number)
         while number == signal.SIGUSR1 and name == "cel_dist.train" and process.stderr.readline() != "asked\n":
             pass
-    said, _ = process.communicate(timeout=60)
+    # Less than what ends that are asked for may take.
+    said, _ = process.communicate(timeout=20)
     assert said == outcome
     assert has_ended(rank)
 
@@ -352,16 +420,15 @@ def test_a_run_that_fails_goes_on_and_one_that_is_asked_ends(config, tmp_path):
         # At the second step of a start, when the checkpoint of its first one is complete.
         elif (step := re.match(r"step +(\d+)\b", line)) and int(step[1]) == starts[-1] + 2 > last:
             last = int(step[1])
-            (node,) = psutil.Process(process.pid).children()[0].children()
+            (node,) = psutil.Process(process.pid).children()
             (rank,) = node.children()
             if len(starts) == 1:
-                # The launcher above it then ends with 0.
                 node.kill()
             else:
                 process.send_signal(signal.SIGUSR1)
     assert process.wait() == EXIT_PREEMPTED, "".join(said)[-3000:]
     text = "".join(said)
-    assert "training failed: the launcher ended without a summary" in text
+    assert "training failed: the launcher was killed by SIGKILL" in text
     assert "; restart 1 of 2, from step-0" in text
     assert said[-1].startswith("error: training was asked to end (SIGUSR1) and did; run the same command again")
     # What a start had saved, the next one went on from.

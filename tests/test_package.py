@@ -15,7 +15,7 @@ HEAVY = {"torch", "torchaudio", "ray", "mlflow", "deepspeed", "webdataset"}
 
 # Third-party package -> the only modules and folders of cel_dist that may import it.
 IMPORTED_ONLY_BY = {
-    "deepspeed": ("engine.py", "engine_checkpoint.py", "process_group.py"),
+    "deepspeed": ("engine.py", "engine_checkpoint.py", "launcher/node.py", "process_group.py"),
     "mlflow": ("tracking/",),
     "ray": ("ray_cluster.py", "sweep/"),
     "optuna": ("sweep/",),
@@ -47,6 +47,7 @@ MAY_KNOW = {
     "config": {"errors", "config_sections"},
     "config_sections": set(),
     "distributed": {"errors"},
+    "imports": set(),
     "features": {"errors", "mel"},
     "mel": set(),
     "random_state": set(),
@@ -58,7 +59,7 @@ MAY_KNOW = {
     "published": {"errors", "encoders"},
     "watch": {"errors", "distributed"},
     "ray_cluster": {"errors", "data"},
-    "process_group": {"errors", "config", "config_sections", "distributed", "watch"},
+    "process_group": {"errors", "config", "config_sections", "distributed", "imports", "watch"},
 }
 
 
@@ -94,6 +95,12 @@ def test_the_numerics_load_neither_engine_nor_tracking() -> None:
     loaded = loaded_by("import cel_dist.features, cel_dist.encoders, cel_dist.losses, cel_dist.metrics")
     assert "torch" in loaded
     assert not loaded & {"ray", "mlflow", "deepspeed", "webdataset", "torchaudio"}
+
+
+def test_the_launcher_of_a_node_loads_deepspeed_without_tracking() -> None:
+    program = "import sys; sys.argv[1:] = ['--help']\ntry: main()\nexcept SystemExit: pass"
+    loaded = loaded_by(f"from cel_dist.launcher.node import main; {program}")
+    assert loaded & {"deepspeed", "mlflow", "ray", "torchaudio", "yaml"} == {"deepspeed"}
 
 
 @pytest.mark.parametrize("package", IMPORTED_ONLY_BY)

@@ -49,7 +49,7 @@ class LaunchProcess:
     def __init__(self, first_host: str | None) -> None:
         self._first_host = first_host
         self._launch = ""
-        self._environment: dict[str, str] = {}
+        self._launcher: subprocess.Popen[bytes] | None = None
         self._former: dict[signal.Signals, Any] = {}
         self.requests: list[signal.Signals] = []
         self.found_no_rank = False
@@ -85,7 +85,7 @@ class LaunchProcess:
                 write_environment(environment_file, environment)
                 environment = launcher_environment(environment)
             # A session of its own: what is sent to the group of `cel train`, as Ctrl-C is, comes through here.
-            process = subprocess.Popen(
+            self._launcher = subprocess.Popen(
                 command,
                 env=environment,
                 stdin=subprocess.DEVNULL,
@@ -94,13 +94,14 @@ class LaunchProcess:
             )
             if self.requests:
                 self._pass_on(self.requests[-1])
-            code = process.wait()
+            code = self._launcher.wait()
             # Where the launcher was killed, its ranks end by themselves.
             wait_for_processes(self._launch, patience_seconds=_PATIENCE_SECONDS)
             return code
         finally:
+            self._kill_launcher()
             end_processes(self._launch, patience_seconds=_PATIENCE_SECONDS)
-            self._launch = ""
+            self._launch, self._launcher = "", None
             if environment_file is not None:
                 with suppress(OSError):
                     environment_file.unlink(missing_ok=True)
@@ -117,7 +118,17 @@ class LaunchProcess:
                 return
             self.found_no_rank = True
         logger.warning("%s: ending at once", number.name)
+        self._kill_launcher()
         signal_processes(processes_of(self._launch), signal.SIGTERM)
+
+    def _kill_launcher(self) -> None:
+        """End the launcher of this node, and with it the ranks, if they are still there.
+
+        Of SIGTERM it makes a request to the ranks, and then waits for one after the other, half a minute each. That of
+        nodes behind ssh is told by SIGTERM, because it has to end what runs there.
+        """
+        if self._launcher is not None and self._first_host is None:
+            self._launcher.kill()
 
     def _tell_ranks(self, number: signal.Signals) -> bool:
         """Whether there was a rank to tell. One is enough: the ranks tell each other."""

@@ -65,7 +65,7 @@ def _launch(
     from cel_dist.training.result import TrainResult
 
     settings = load_config(config, overrides)
-    num_ranks = sum(hosts.values()) if hosts else placement.num_ranks
+    num_ranks = sum(hosts.values()) if hosts else placement.num_ranks or 1
     start = preflight(settings, num_ranks, resume).start
     if start.result is not None:
         return asdict(catch_up(settings, start.result))
