@@ -126,3 +126,65 @@ def change_the_encoder():
 
 def test_an_encoder_keeps_its_weights_and_their_names(tmp_path):
     assert run_world(1, change_the_encoder, folder=tmp_path) == [(True, 0)]
+
+
+# What torch's kernels treat differently: shape behind the rows, order in memory, with weight and bias or not, type.
+LAYOUTS = {
+    "vectors": ((), None, True, torch.float32),
+    "sequences": ((9,), None, True, torch.float32),
+    "maps": ((7, 2), torch.contiguous_format, False, torch.float32),
+    "maps, channels last": ((7, 2), torch.channels_last, True, torch.float32),
+    "maps, channels last, without weight, bf16": ((7, 2), torch.channels_last, False, torch.bfloat16),
+    "maps, channels last, fp16": ((7, 2), torch.channels_last, True, torch.float16),
+    "columns of a longer sequence": ((9,), "columns", True, torch.bfloat16),
+}
+
+
+def step_of_a_layout(layout, own, module, exact):
+    """Result and gradients of batch norm with a change in place behind it, for these rows of a layout."""
+    behind, order, _, dtype = LAYOUTS[layout]
+    generator = torch.Generator().manual_seed(3)
+    x, pull = (torch.randn(sum(ROWS), CHANNELS, *behind, generator=generator).to(dtype) for _ in range(2))
+    x = (x[own] * 2 + 1).to(torch.float64 if exact else dtype)
+    if order == "columns":
+        x = torch.cat([x, x], dim=-1)[..., : behind[-1]]
+    elif order is not None:
+        x = x.contiguous(memory_format=order)
+    y = module(x.requires_grad_())
+    y.mul_(2)
+    # In the order of memory that is usual, whatever that of x.
+    y.backward(pull[own].to(y.dtype))
+    found = {"y": y.detach(), "x": x.grad, **{name: value.grad for name, value in module.named_parameters()}}
+    return {**found, **{name: value for name, value in module.named_buffers() if value.is_floating_point()}}
+
+
+def layouts_on_a_rank():
+    dist.init_process_group("gloo")
+    own = slice(sum(ROWS[: dist.get_rank()]), sum(ROWS[: dist.get_rank() + 1]))
+    results = []
+    for layout, (_, order, affine, _) in LAYOUTS.items():
+        module = GlobalBatchNorm.of(nn.BatchNorm2d(CHANNELS, affine=affine), dist.group.WORLD)
+        found = step_of_a_layout(layout, own, module, exact=False)
+        kept = order is not torch.channels_last or found["y"].is_contiguous(memory_format=order)
+        results.append((kept, {name: (str(value.dtype), value.double().numpy()) for name, value in found.items()}))
+    dist.destroy_process_group()
+    return results
+
+
+def test_every_shape_order_and_type_of_values_is_normalised_alike(tmp_path):
+    ranks = run_world(len(ROWS), layouts_on_a_rank, folder=tmp_path)
+    for (layout, (_, _, affine, dtype)), *parts in zip(LAYOUTS.items(), *ranks, strict=True):
+        plain = nn.BatchNorm1d if len(LAYOUTS[layout][0]) < 2 else nn.BatchNorm2d
+        wanted = step_of_a_layout(layout, slice(None), plain(CHANNELS, affine=affine).double(), exact=True)
+        assert all(kept for kept, _ in parts), layout
+        for name, value in wanted.items():
+            types, found = zip(*(results[name] for _, results in parts), strict=True)
+            found = [torch.as_tensor(part) for part in found]
+            assert set(types) == {str(dtype if name in ("y", "x") else torch.float32)}, (layout, name)
+            close = {"rtol": torch.finfo(dtype).eps / 2 if name in ("y", "x") else 1e-5, "atol": 1e-5}
+            if name in ("y", "x"):
+                torch.testing.assert_close(torch.cat(found), value, **close)
+            elif name in ("weight", "bias"):
+                torch.testing.assert_close(sum(found), value, **close)
+            else:
+                torch.testing.assert_close(found[0], value, **close)
