@@ -65,8 +65,9 @@ class DataSection(Section):
     """Folder written by `cel prepare`, or the URL of one: `http://`, `https://`, `s3://` or `file://`."""
     bank: Path | None = None
     """Noise and room bank written by `cel prepare --bank`; profiles above 0 need one."""
-    workers: Annotated[Whole, Field(ge=0, le=1024)] = 1
-    """Reader processes per rank; 0 reads in the training process."""
+    workers: Annotated[Whole, Field(ge=0, le=1024)] | None = None
+    """Reader processes per rank; 0 reads in the training process. Default: 1; on a CPU none for local shards of
+    WAV, of which a batch takes milliseconds to read, and a process seconds to start."""
     prefetch_mib: Annotated[Real, Field(ge=0)] = 64.0
     """About how much the reader processes of a rank read ahead, in shared memory; each reads at least a batch ahead."""
     window_shards: Positive = 16

@@ -43,7 +43,7 @@ class Engine:
             # Decay would pull w towards 0, which has nothing to do with how complex the encoder is.
             groups.append({"params": loss, "weight_decay": 0.0})
         # A DeepSpeed optimizer would compile a kernel for over a minute on a CPU.
-        optimizer = torch.optim.AdamW(groups, lr=config.optim.lr)
+        optimizer = torch.optim.AdamW(groups, lr=config.optim.lr, fused=True)
         self._engine, *_ = deepspeed.initialize(
             model=objective.to(device), optimizer=optimizer, config=deepspeed_settings(config, world)
         )

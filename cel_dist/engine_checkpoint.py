@@ -35,7 +35,8 @@ def initialise(engine: Any) -> None:
         partitions = optimizer.fp32_partitioned_groups_flat if stage == 3 else optimizer.single_partition_of_fp32_groups
     for partition in partitions:
         moments = {moment: torch.zeros_like(partition) for moment in _MOMENTS}
-        inner.state[partition] = {"step": torch.zeros(()), **moments}
+        # A fused optimizer counts where it computes.
+        inner.state[partition] = {"step": torch.zeros((), device=partition.device), **moments}
 
 
 def snapshot(engine: Any) -> dict[str, Any]:
@@ -199,7 +200,7 @@ def _into_stage_0(engine: Any, zero: Path) -> None:
             value, state = _of_parameter(zero, names[parameter])
             parameter.copy_(value.view_as(parameter))
             moments = {moment: state[moment].view_as(parameter).to(parameter.device) for moment in _MOMENTS}
-            engine.optimizer.state[parameter] = {"step": state["step"], **moments}
+            engine.optimizer.state[parameter] = {"step": state["step"].to(parameter.device), **moments}
 
 
 @torch.no_grad()
@@ -213,7 +214,7 @@ def _into_partitions(engine: Any, zero: Path) -> None:
         flat: dict[str, Tensor] = {moment: torch.zeros_like(partition) for moment in _MOMENTS}
         for parameter in parameters:
             value, state = _of_parameter(zero, optimizer.param_names[parameter])
-            flat["step"] = state["step"]
+            flat["step"] = state["step"].to(partition.device)
             if parameter._hp_mapping is None:
                 continue
             source, place = parameter._hp_mapping.lp_fragment_address, parameter._hp_mapping.hp_fragment_address
@@ -236,7 +237,7 @@ def _into_stage_3(engine: Any, zero: Path) -> None:
         begin = 0
         for parameter in parameters:
             value, state = _of_parameter(zero, optimizer.param_names[parameter])
-            flat["step"] = state["step"]
+            flat["step"] = state["step"].to(partition.device)
             size = parameter.partition_numel()
             first = min(torch.distributed.get_rank() * size, len(value))
             # The last ranks may have less, or nothing; the rest is padding.

@@ -30,10 +30,10 @@ class Shards:
         self._first, self._end = head.shard_range
         self._rank = rank
         # No decay: it would change the scale of the logits, and nothing where weights are normalised.
-        self._optimizer = torch.optim.AdamW(self._parameters.values(), lr=learning_rate, weight_decay=0.0)
+        self._optimizer = torch.optim.AdamW(self._parameters.values(), lr=learning_rate, weight_decay=0.0, fused=True)
         for parameter in self._parameters.values():
             moments = {moment: torch.zeros_like(parameter) for moment in _MOMENTS}
-            self._optimizer.state[parameter] = {"step": torch.zeros(()), **moments}
+            self._optimizer.state[parameter] = {"step": torch.zeros((), device=parameter.device), **moments}
 
     def gradients(self) -> list[Tensor]:
         """Of this rank's rows: those of the global loss."""

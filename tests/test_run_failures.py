@@ -313,16 +313,3 @@ def test_a_model_that_mlflow_does_not_take_costs_neither_summary_nor_report(conf
     assert '"model_uri": null' in (run / "summary.json").read_text()
     assert "<html" in (run / "report.html").read_text()
     assert [row["step"] for row in records(run)] == [1]
-
-
-@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="this system does not bind processes to cores")
-def test_threads_are_counted_by_the_cores_that_the_process_may_use():
-    from cel_dist.training.trainer import _num_cores
-
-    allowed = os.sched_getaffinity(0)
-    try:
-        os.sched_setaffinity(0, {min(allowed)})
-        assert _num_cores() == 1
-    finally:
-        os.sched_setaffinity(0, allowed)
-    assert _num_cores() == len(allowed)

@@ -4,7 +4,7 @@ import math
 import multiprocessing
 import multiprocessing.connection
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing.process import BaseProcess
 from typing import Any
 
@@ -40,6 +40,10 @@ class SegmentBatch:
     segments: Tensor
     faults: tuple[SampleFault, ...] = ()
 
+    def pin_memory(self) -> "SegmentBatch":
+        """The same in page-locked memory, which a GPU copies from while the host goes on."""
+        return replace(self, ids=self.ids.pin_memory(), segments=self.segments.pin_memory())
+
 
 class _PlannedBatches:
     """First stage of the pipeline: the plan's batches from a position on, without end, cut to this worker."""
@@ -73,6 +77,10 @@ class _ReadOrReport:
             yield SegmentBatch(planned.epoch, planned.step, ids, utterances, segments, read.faults)
 
 
+def _pinned(batch: SegmentBatch | RunError) -> SegmentBatch | RunError:
+    return batch if isinstance(batch, RunError) else batch.pin_memory()
+
+
 def _begin_reader(number: int) -> None:
     end_with_parent()
 
@@ -88,6 +96,7 @@ class SegmentStream:
             same batches in the same order.
         prefetch_bytes: about how much the reader processes may read ahead; each is at least one batch ahead.
         max_fault_rate: share of this rank's utterances of an epoch that may be unreadable.
+        pinned: hand out batches in page-locked memory, for a GPU.
     """
 
     def __init__(
@@ -99,9 +108,10 @@ class SegmentStream:
         *,
         prefetch_bytes: int = 64 << 20,
         max_fault_rate: float = 0.001,
+        pinned: bool = False,
     ) -> None:
         self._plan, self._rows, self._num_workers = plan, rows, num_workers
-        self._shards = shards
+        self._shards, self._pinned = shards, pinned
         self._reader = SegmentReader(shards, plan)
         num_rows = len(range(*rows.indices(plan.batch_size)))
         # Segments of int16.
@@ -197,7 +207,7 @@ class SegmentStream:
             _PlannedBatches(self._plan, self._epoch, self._step), _ReadOrReport(self._reader, self._rows)
         )
         if self._num_workers == 0:
-            return pipeline
+            return map(_pinned, pipeline) if self._pinned else pipeline
         # A forked reader would inherit the locks of this process's threads, and a spawned one imports torch anew. The
         # server has imported it, runs no thread, and forks readers in no time.
         context = multiprocessing.get_context("forkserver")
@@ -209,4 +219,6 @@ class SegmentStream:
             prefetch_factor=self._prefetch_batches,
             multiprocessing_context=context,
             worker_init_fn=_begin_reader,
+            # A thread of its own pins what the readers send.
+            pin_memory=self._pinned,
         )

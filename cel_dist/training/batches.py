@@ -9,6 +9,8 @@ from torch import Tensor
 
 from cel_dist.config import Config
 from cel_dist.data.augment import Augment
+from cel_dist.data.folder import ShardFolder
+from cel_dist.data.remote import is_remote
 from cel_dist.data.spec_augment import SpecAugment
 from cel_dist.data.speed import SpeedPerturbation
 from cel_dist.data.stream import SegmentBatch, SegmentStream
@@ -49,6 +51,18 @@ class TrainBatch(NamedTuple):
     false_negatives: float | None
 
 
+def num_readers(wanted: int | None, shards: ShardFolder, device: torch.device) -> int:
+    """Reader processes of a rank: as many as are wanted, else by what they are worth.
+
+    Beside a CPU that trains, cutting segments out of local WAV is some thousandth of the step, and readers would take
+    their time from the same cores; the start of a reader imports torch.
+    """
+    if wanted is not None:
+        return wanted
+    is_quick = shards.manifest.audio_format == "wav" and not is_remote(shards.location)
+    return 0 if is_quick and device.type == "cpu" else 1
+
+
 class Batches:
     """Endless iterator over the batches of this rank.
 
@@ -69,9 +83,10 @@ class Batches:
             checked.shards,
             checked.plan,
             self._rows,
-            config.data.workers,
+            num_readers(config.data.workers, checked.shards, device),
             prefetch_bytes=round(config.data.prefetch_mib * 2**20),
             max_fault_rate=config.data.max_fault_rate,
+            pinned=device.type == "cuda",
         )
         index = checked.shards.index
         # With labels no negative is false.
@@ -122,7 +137,7 @@ class Batches:
         with named("features"):
             features: Tensor = self._features(waves.flatten(0, 1)).unflatten(0, waves.shape[:2])
             features = self._masks(features, **place)
-        ids = batch.ids.to(self._device)
+        ids = batch.ids.to(self._device, non_blocking=True)
         if self._classes_a_speed:
             # The same voice at another speed is that of somebody else.
             ids = ids + self._classes_a_speed * torch.from_numpy(self._speed.drawn(**place)).to(ids.device)

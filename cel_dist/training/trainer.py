@@ -1,7 +1,6 @@
 """The training loop."""
 
 import logging
-import os
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -30,6 +29,7 @@ from cel_dist.training.conclusion import catch_up, conclude
 from cel_dist.training.memory import advice_on_memory
 from cel_dist.training.objective import initial_encoder, new_encoder, new_objective
 from cel_dist.training.preflight import Checked, preflight
+from cel_dist.training.processor import num_threads, remark_on_precision
 from cel_dist.training.profile import StepProfile, named
 from cel_dist.training.records import SKIPPED, Interval, Records, writing
 from cel_dist.training.result import TrainResult
@@ -66,7 +66,7 @@ def train(config: Config, resume: str = "auto") -> TrainResult:
     checked = preflight(config, world.size, resume)
     if checked.start.result is not None:
         return catch_up(config, checked.start.result) if world.is_main else checked.start.result
-    torch.set_num_threads(config.train.threads or max(1, _num_cores() // world.local_size))
+    torch.set_num_threads(num_threads(config, world))
     with (
         process_group(world, config.engine) as (device, watchdog),
         _sole_run(config.run.dir, world),
@@ -86,11 +86,6 @@ def _sole_run(run_dir: Path, world: World) -> Iterator[None]:
                 held.enter_context(sole_writer(run_dir, "cel train"))
         require_shared(run_dir, world)
         yield
-
-
-def _num_cores() -> int:
-    """Cores that this process may use: in a container or a batch job, often not all that the machine has."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 class Trainer:
@@ -367,7 +362,8 @@ class Trainer:
         self.records = Records(self.run_dir, self.tracker, self.state, self.total_steps)
 
     def _announce(self, start: Start) -> None:
-        for remark in start.remarks:
+        of_precision = remark_on_precision(self.config, self.device)
+        for remark in [*start.remarks, *([of_precision] if of_precision else [])]:
             logger.warning("%s", remark)
         logger.info(
             "%s, %d steps an epoch, %d ranks x %d utterances on %s, from step %d to %d",
