@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 PROJECT = Path(__file__).resolve().parent.parent
 SOURCES = ("shards, local", "shards, cached", "shards, HTTP, cache empty", "per item, files")
 
@@ -107,3 +109,33 @@ def test_the_table_of_the_metrics_is_written_again_without_measuring(tmp_path: P
     assert (tmp_path / "metrics.md").read_text() == stored.with_suffix(".md").read_text()
     names = [row["name"] for row in json.loads(stored.read_text())["rows"]]
     assert names == ["error_rates", "euclidean", "cosine", "adaptive_s_norm", "intervals_short", "intervals_listed"]
+
+
+def test_the_tables_of_training_are_written_again_without_measuring(tmp_path: Path) -> None:
+    for name, script in (("train-cpu", "train"), ("start", "start")):
+        stored = PROJECT / f"benchmarks/results/{name}.json"
+        shutil.copy(stored, tmp_path)
+        command = [sys.executable, PROJECT / f"benchmarks/{script}.py", "--table", "--results", tmp_path]
+        done = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        assert (tmp_path / f"{name}.md").read_text() == stored.with_suffix(".md").read_text()
+        assert json.loads((tmp_path / f"{name}.json").read_text()) == json.loads(stored.read_text())
+
+
+def test_the_published_step_computes_what_this_project_computes() -> None:
+    """The same encoder and loss, so that only the way is compared."""
+    sys.path.append(str(PROJECT / "benchmarks"))
+    import torch
+    from train_published import PlainFastResNet34, PlainLoss
+
+    from cel_dist.encoders import build_encoder
+    from cel_dist.losses import EquilibriumLoss
+
+    torch.manual_seed(0)
+    encoder, plain = build_encoder("fast_resnet34"), PlainFastResNet34()
+    plain.load_state_dict(encoder.state_dict())
+    features = torch.randn(6, 2, 40, 62)
+    embeddings = [torch.stack([one(view) for view in features.unbind(1)], dim=1) for one in (encoder, plain)]
+    # In another memory format sums are rounded in another order, in each of the 36 layers.
+    torch.testing.assert_close(*embeddings, rtol=0, atol=2e-4)
+    assert PlainLoss()(embeddings[1]).item() == pytest.approx(EquilibriumLoss()(embeddings[0]).loss.item(), rel=1e-4)
