@@ -170,7 +170,7 @@ def test_the_pods_of_kubernetes_start_nodes_that_know_each_other(config, tmp_pat
     arguments = [argument.replace(f"{mounts['hostfile']}/hostfile", str(hostfile)) for argument in arguments]
     arguments[1] = str(config)
     assert cel([*arguments, "--dry-run"]) == 0
-    assert f"--no_ssh --node_rank 1 --master_addr {name}-0.{pod['subdomain']}" in capfd.readouterr().out
+    assert f"--node_rank 1 --master_addr {name}-0.{pod['subdomain']}" in capfd.readouterr().out
     # podFailurePolicy wants pods that are not restarted in place.
     assert pod["restartPolicy"] == "Never"
     rules = [rule for rule in spec["podFailurePolicy"]["rules"] if "onExitCodes" in rule]

@@ -103,11 +103,10 @@ def test_a_dry_run_prints_the_command_and_starts_nothing(config, hostfile, tmp_p
     ("visible", "devices"),
     [
         (None, ["0", "1"]),
-        ("", ["0", "1"]),
         ("3,1", ["3", "1"]),
         ("7,5,3", ["7", "5"]),
         ("MIG-8b3a,GPU-71a3", ["MIG-8b3a", "GPU-71a3"]),
-        *((none, ["-1", "-1"]) for none in ("-1", "NoDevFiles", "void", "none", "-1,0,1")),
+        *((none, ["-1", "-1"]) for none in ("", "-1", "NoDevFiles", "void", "none", "-1,0,1")),
         ("3", "names 1 device for 2 processes; unset it, name 2, or start fewer with --nproc 1"),
         ("3,3", "names 1 device for 2"),
         ("3,-1,5", "names 1 device for 2"),
@@ -147,6 +146,30 @@ def test_the_launcher_of_a_node_tells_ranks_their_place_and_how_one_was_killed(t
     told = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "CUDA_VISIBLE_DEVICES": "5,3"}
     assert json.loads(first) == {"RANK": "0", "LOCAL_RANK": "0", **told}
     assert json.loads(second) == {"RANK": "1", "LOCAL_RANK": "1", **told}
+
+
+# Ends as a rank does that has written its checkpoint.
+ASKED = """
+import os, signal, sys, time
+for number in (signal.SIGTERM, signal.SIGUSR1):
+    signal.signal(number, lambda number, frame: sys.exit(75))
+os.write(1, b"ready\\n")
+time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_what_asks_all_processes_of_a_job_to_end_is_not_taken_for_a_failure(tmp_path, number):
+    script = tmp_path / "rank.py"
+    script.write_text(ASKED)
+    command = launcher_command(script, [], Placement(2), resume="auto")
+    command = command[: command.index("--module")]
+    with subprocess.Popen([*command, script], stdout=subprocess.PIPE, start_new_session=True) as process:
+        ready = 0
+        while ready < 2:
+            ready += process.stdout.readline() == b"ready\n"
+        os.killpg(process.pid, number)
+    assert process.returncode == 75
 
 
 def test_options_that_do_not_fit_each_other_are_refused_in_a_line(config, hostfile, capfd):

@@ -114,17 +114,16 @@ def test_trials_run_on_both_nodes_and_one_that_is_killed_goes_on(cluster, small_
     def kill_a_rank(over: threading.Event) -> Path:
         """When trials run on both nodes and one of them has a checkpoint, end its only rank."""
 
-        def running() -> dict[Path, psutil.Process]:
-            return {Path(process.cmdline()[3]).with_suffix(""): process for process in ranks_below(sweep.folder)}
-
-        def with_checkpoint() -> Path | None:
-            runs = running()
+        def with_checkpoint() -> tuple[Path, psutil.Process] | None:
+            runs = {Path(rank.info["cmdline"][3]).with_suffix(""): rank for rank in ranks_below(sweep.folder)}
             return next(
-                (run for run in runs if len(runs) == 2 and any(run.glob("checkpoints/step-*/state.json"))), None
+                (one for one in runs.items() if len(runs) == 2 and any(one[0].glob("checkpoints/step-*/state.json"))),
+                None,
             )
 
-        run: Path = wait_for(with_checkpoint, over)
-        running()[run].send_signal(signal.SIGKILL)
+        run: Path
+        run, rank = wait_for(with_checkpoint, over)
+        rank.send_signal(signal.SIGKILL)
         return run
 
     result, killed = beside(kill_a_rank, sweep)

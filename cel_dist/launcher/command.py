@@ -155,9 +155,9 @@ def device_ids(num_ranks: int, visible: str | None) -> list[str]:
     >>> device_ids(2, None), device_ids(2, "5, 3,1"), device_ids(1, "GPU-8932f937,GPU-71a3")
     (['0', '1'], ['5', '3'], ['GPU-8932f937'])
     >>> device_ids(2, "-1"), device_ids(1, "NoDevFiles"), device_ids(2, "")
-    (['-1', '-1'], ['-1'], ['0', '1'])
+    (['-1', '-1'], ['-1'], ['-1', '-1'])
     """
-    if visible is None or not visible.strip():
+    if visible is None:
         return [str(number) for number in range(num_ranks)]
     entries = (entry.strip() for entry in visible.split(","))
     # Told twice, a device is one.
