@@ -34,7 +34,7 @@ class GlobalBatchNorm(nn.modules.batchnorm._BatchNorm):
 
     The gradient is that of the sum of the ranks' losses, so it goes with any loss whose gradient is right at this
     rank's outputs. Ranks may bring different numbers of values. In evaluation it is plain batch norm; in training
-    its sums are those of plain batch norm's kernels, with their rounding.
+    plain batch norm's kernels add up parts of the values, which rounds less than all of them at once.
     """
 
     group: dist.ProcessGroup | None
