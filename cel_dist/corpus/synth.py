@@ -20,6 +20,7 @@ from cel_dist.corpus.listing import write_lists
 from cel_dist.corpus.randomness import generator
 from cel_dist.corpus.recording import NUM_SESSIONS, Recording, Speaker, record_speaker
 from cel_dist.corpus.voices import Voice, draw_voices
+from cel_dist.data.pool import default_workers
 from cel_dist.errors import CelError, RunError
 
 logger = logging.getLogger(__name__)
@@ -120,7 +121,7 @@ def synthesise_corpus(
                 for share in noise_bank.shares()
             ),
         ]
-        recordings = _work_off(work, workers or _cores(), progress or (lambda done, total: None))
+        recordings = _work_off(work, workers or default_workers(), progress or (lambda done, total: None))
         write_lists(folder, people, recordings, seed=seed)
         # The marker comes last and vouches for the rest.
         totals = {"seconds_audio": round(sum(r.num_samples for r in recordings) / SAMPLE_RATE_HZ, 3)}
@@ -259,7 +260,3 @@ def _work_off(work: Sequence[_Work], workers: int, progress: Progress) -> list[R
 
 def _leave_interrupts_to_the_parent() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -1,20 +1,15 @@
 """What a rank takes of the processor, and what it can expect of it."""
 
-import os
-
 import torch
 
 from cel_dist.config import Config
+from cel_dist.data.pool import default_workers
 from cel_dist.distributed import World
 
 
 def num_threads(config: Config, world: World) -> int:
-    """Threads of this rank's tensor operations: an equal share of the cores among the ranks of the machine.
-
-    Of cores, those count that this process may use: in a container or a batch job, often not all that the machine has.
-    """
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return config.train.threads or max(1, cores // world.local_size)
+    """Threads of this rank's tensor operations: an equal share of the cores among the ranks of the machine."""
+    return config.train.threads or max(1, default_workers() // world.local_size)
 
 
 def remark_on_precision(config: Config, device: torch.device) -> str | None:
