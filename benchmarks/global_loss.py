@@ -34,6 +34,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from cel_dist.distributed import let_idle_threads_sleep
 from cel_dist.losses.exchange import Block, Exchange
 from cel_dist.losses.precision import MatmulName, Products
 from cel_dist.losses.similarity import SIMILARITIES
@@ -164,8 +165,8 @@ def memory(device: str) -> float:
 def in_own_process(*arguments: object, repeats: int, options: argparse.Namespace) -> dict[str, float]:
     command = [sys.executable, __file__, "--one", *map(str, arguments), "--repeats", str(repeats)]
     command += ["--device", options.device, "--matmul", options.matmul]
-    # Threads that spin while they wait would take the core from other work on the machine, and the other way round.
-    environment = {**os.environ, "OMP_WAIT_POLICY": "PASSIVE"}
+    environment = dict(os.environ)
+    let_idle_threads_sleep(environment)
     done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=environment)
     return json.loads(done.stdout)
 

@@ -27,7 +27,7 @@ from scaling_report import write
 from scaling_words import Step, sent
 
 from cel_dist.data.prepare import prepare
-from cel_dist.distributed import free_port
+from cel_dist.distributed import free_port, let_idle_threads_sleep
 
 FOLDER = Path(__file__).resolve().parent
 RESULTS = FOLDER / "results"
@@ -106,10 +106,9 @@ def world(ranks: int, cases: list[dict[str, Any]], folder: Path) -> list[list[di
             "LOCAL_WORLD_SIZE": str(ranks),
             "MASTER_ADDR": "127.0.0.1",
             "MASTER_PORT": port,
-            # Threads that spin while they wait would take the core from the ranks that they wait for.
             "OMP_NUM_THREADS": "1",
-            "OMP_WAIT_POLICY": "PASSIVE",
         }
+        let_idle_threads_sleep(environment)
         command = [sys.executable, FOLDER / "scaling_ranks.py", job, str(rank)]
         started.append(subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True))
     errors = [process.communicate()[1] for process in started]

@@ -25,7 +25,7 @@ import train_report
 import yaml
 from data_corpus import Corpus, write_corpus
 
-from cel_dist.distributed import free_port
+from cel_dist.distributed import free_port, let_idle_threads_sleep
 
 RESULTS = Path(__file__).resolve().parent / "results"
 FRAMES = 180
@@ -45,7 +45,7 @@ def main() -> None:
     parser.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="another setting of this project"
     )
-    parser.add_argument("--results", type=Path, default=RESULTS, help="folder for train-DEVICE.json and .md")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder for train-DEVICE-PRECISION.json and .md")
     parser.add_argument("--table", action="store_true", help="measure nothing, write all pages from train-*.json")
     options = parser.parse_args()
     if options.table:
@@ -92,6 +92,9 @@ def run(way: str, config: Path, steps: int, ranks: int = 1) -> dict[str, Any]:
         place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks}
         environment = {**os.environ, **{name: str(value) for name, value in place.items()}}
         environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        if way == "ours":
+            # As `cel train` does.
+            let_idle_threads_sleep(environment)
         processes.append(subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment))
     outputs = [process.communicate()[0] for process in processes]
     if any(process.returncode for process in processes):

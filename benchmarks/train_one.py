@@ -97,13 +97,13 @@ def ours(config_file: Path, steps: int) -> dict[str, Any]:
     from cel_dist.process_group import process_group
     from cel_dist.training import trainer as loop
     from cel_dist.training.preflight import preflight
-    from cel_dist.training.processor import num_threads
+    from cel_dist.training.processor import settle
     from cel_dist.training.stopping import stop_requests
 
     config = load_config(config_file)
     world = World.from_environment()
     checked = preflight(config, world.size, "none")
-    torch.set_num_threads(num_threads(config, world))
+    settle(config, world)
     with process_group(world, config.engine) as (device, watchdog), stop_requests() as request:
         config.run.dir.mkdir(parents=True, exist_ok=True)
         clock = Clock(device)

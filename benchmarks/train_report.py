@@ -19,9 +19,9 @@ PARTS = {
 
 
 def write(report: Mapping[str, Any], folder: Path) -> str:
-    """train-DEVICE.json and .md in `folder`; returns the page."""
+    """train-DEVICE-PRECISION.json and .md in `folder`; returns the page."""
     folder.mkdir(parents=True, exist_ok=True)
-    name = f"train-{report['conditions']['device']}"
+    name = f"train-{report['conditions']['device']}-{report['conditions']['precision']}"
     (folder / f"{name}.json").write_text(json.dumps(report, indent=1) + "\n")
     page = "\n".join(
         [*_head(report["conditions"]), *_wholes(report), *_ceilings(report), *_budget(report), *_work(report)]
@@ -33,7 +33,7 @@ def write(report: Mapping[str, Any], folder: Path) -> str:
 def _head(conditions: Mapping[str, Any]) -> list[str]:
     versions = ", ".join(f"{name} {number}" for name, number in conditions["versions"].items())
     return [
-        f"# A training step, on {'a GPU' if conditions['device'] == 'cuda' else 'a CPU'}",
+        f"# A training step in {conditions['precision']}, on {'a GPU' if conditions['device'] == 'cuda' else 'a CPU'}",
         "",
         f"Written by `benchmarks/train.py` on {conditions['machine']}; Python {conditions['python']}, {versions}. "
         f"{conditions['encoder']}, {conditions['batch']} utterances a step, two views of {conditions['frames']} "

@@ -1,4 +1,7 @@
-"""What a rank takes of the processor, and what it can expect of it."""
+"""What a rank takes of the processor and of memory, and what it can expect of them."""
+
+import ctypes
+import logging
 
 import torch
 
@@ -6,21 +9,42 @@ from cel_dist.config import Config
 from cel_dist.data.pool import default_workers
 from cel_dist.distributed import World
 
+# Parameters of glibc's `mallopt` (malloc.h).
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
+
+
+def settle(config: Config, world: World) -> None:
+    """Give this process its threads, and let it keep the memory that it frees.
+
+    A step allocates and frees the same maps again and again. glibc hands larger ones back to the system, which clears
+    every page anew the next time. Other allocators are left as they are.
+    """
+    torch.set_num_threads(num_threads(config, world))
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(_M_MMAP_THRESHOLD, 2**30)
+        mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
+
 
 def num_threads(config: Config, world: World) -> int:
     """Threads of this rank's tensor operations: an equal share of the cores among the ranks of the machine."""
     return config.train.threads or max(1, default_workers() // world.local_size)
 
 
-def remark_on_precision(config: Config, device: torch.device) -> str | None:
-    """What is to be said of the precision: on a processor without instructions for bf16 torch goes through every
-    product by itself."""
-    if config.train.precision == "fp32" or device.type != "cpu" or has_bf16_units():
+def remark_on_precision(config: Config, device: torch.device) -> tuple[int, str] | None:
+    """What is to be said of the precision on a CPU, with its level of `logging`.
+
+    Without instructions for bf16 torch goes through every product by itself; with them fp32 is the slower way.
+    """
+    is_bf16 = config.train.precision == "bf16"
+    if device.type != "cpu" or has_bf16_units() == is_bf16:
         return None
-    return (
-        "train.precision=bf16: this processor has no instructions for bf16, and a step takes many times as long as in "
-        "fp32; set train.precision=fp32"
-    )
+    if is_bf16:
+        return logging.WARNING, (
+            "train.precision=bf16: this processor has no instructions for bf16, and a step takes many times as long as "
+            "in fp32; set train.precision=fp32"
+        )
+    return logging.INFO, "this processor has instructions for bf16: train.precision=bf16 trains faster than fp32"
 
 
 def has_bf16_units() -> bool:

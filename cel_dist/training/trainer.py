@@ -29,7 +29,7 @@ from cel_dist.training.conclusion import catch_up, conclude
 from cel_dist.training.memory import advice_on_memory
 from cel_dist.training.objective import initial_encoder, new_encoder, new_objective
 from cel_dist.training.preflight import Checked, preflight
-from cel_dist.training.processor import num_threads, remark_on_precision
+from cel_dist.training.processor import remark_on_precision, settle
 from cel_dist.training.profile import StepProfile, named
 from cel_dist.training.records import SKIPPED, Interval, Records, writing
 from cel_dist.training.result import TrainResult
@@ -66,7 +66,7 @@ def train(config: Config, resume: str = "auto") -> TrainResult:
     checked = preflight(config, world.size, resume)
     if checked.start.result is not None:
         return catch_up(config, checked.start.result) if world.is_main else checked.start.result
-    torch.set_num_threads(num_threads(config, world))
+    settle(config, world)
     with (
         process_group(world, config.engine) as (device, watchdog),
         _sole_run(config.run.dir, world),
@@ -362,9 +362,11 @@ class Trainer:
         self.records = Records(self.run_dir, self.tracker, self.state, self.total_steps)
 
     def _announce(self, start: Start) -> None:
-        of_precision = remark_on_precision(self.config, self.device)
-        for remark in [*start.remarks, *([of_precision] if of_precision else [])]:
+        for remark in start.remarks:
             logger.warning("%s", remark)
+        of_precision = remark_on_precision(self.config, self.device)
+        if of_precision:
+            logger.log(*of_precision)
         logger.info(
             "%s, %d steps an epoch, %d ranks x %d utterances on %s, from step %d to %d",
             self.plan.describe(),
