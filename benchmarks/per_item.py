@@ -7,6 +7,7 @@ published profile 3. Choices that public loaders make differently are made here 
 float64, both segments in one call of torchaudio.
 """
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -32,14 +33,28 @@ class PerItem(torch.utils.data.Dataset):
         files: the utterances.
         segment_samples: length T of a segment.
         pieces: folder of WAV files below noise/, speech/, music/ and rir/; None leaves the segments as they are cut.
+        snr_db: range of the signal-to-noise ratio of each kind of noise.
     """
 
-    def __init__(self, files: list[str], segment_samples: int, pieces: Path | None = None) -> None:
+    def __init__(
+        self,
+        files: list[str],
+        segment_samples: int,
+        pieces: Path | None = None,
+        snr_db: Mapping[str, tuple[float, float]] = SNR_DB,
+    ) -> None:
         self._files = files
         self._segment_samples = segment_samples
         self._random = np.random.default_rng(0)
-        self._augment = None if pieces is None else PieceAugment(pieces, self._random)
+        self._pieces, self._snr_db = pieces, snr_db
+        self._augment = None if pieces is None else PieceAugment(pieces, self._random, snr_db)
         self._features = None if pieces is None else PerItemLogMel()
+
+    def reseed(self, seed: int) -> None:
+        """Draw everything from this seed on, as each worker must from one of its own."""
+        self._random = np.random.default_rng(seed)
+        if self._pieces is not None:
+            self._augment = PieceAugment(self._pieces, self._random, self._snr_db)
 
     def __len__(self) -> int:
         return len(self._files)
@@ -70,9 +85,12 @@ class Piece(NamedTuple):
 class PieceAugment:
     """A room and a noise for one segment [T] on int16 scale, drawn anew at every call."""
 
-    def __init__(self, pieces: Path, random: np.random.Generator) -> None:
+    def __init__(
+        self, pieces: Path, random: np.random.Generator, snr_db: Mapping[str, tuple[float, float]] = SNR_DB
+    ) -> None:
         self._random = random
-        self._noises = {kind: _files_below(pieces / kind) for kind in SNR_DB}
+        self._snr_db = snr_db
+        self._noises = {kind: _files_below(pieces / kind) for kind in snr_db}
         self._rooms = _files_below(pieces / "rir")
 
     def __call__(self, segment: np.ndarray) -> np.ndarray:
@@ -86,10 +104,12 @@ class PieceAugment:
         return wet + np.sqrt(speech_power / noise_power * 10 ** (-0.1 * noise.snr_db)) * noise.audio
 
     def _draw_noise(self, samples: int) -> Piece:
-        kind = self._any_of(list(SNR_DB))
+        kind = self._any_of(list(self._snr_db))
         audio, _ = soundfile.read(self._any_of(self._noises[kind]), dtype="int16")
+        if len(audio) < samples:
+            audio = np.pad(audio, (0, samples - len(audio)), "wrap")
         start = self._random.integers(0, len(audio) - samples + 1)
-        return Piece(audio[start : start + samples].astype(np.float64), self._random.uniform(*SNR_DB[kind]))
+        return Piece(audio[start : start + samples].astype(np.float64), self._random.uniform(*self._snr_db[kind]))
 
     def _any_of(self, values: list[str]) -> str:
         return values[self._random.integers(len(values))]

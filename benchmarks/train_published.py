@@ -11,9 +11,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from per_item import PerItem, _files_below
+from per_item import SNR_DB, PerItem, _files_below
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -49,13 +48,20 @@ class PlainLoss(nn.Module):
 
 
 def published(config_file: Path, steps: int) -> dict[str, Any]:
-    """Seconds of whole steps, by the settings that `benchmarks/train.py` wrote."""
+    """Seconds of whole steps, by the settings that `benchmarks/train.py` or `benchmarks/train_eer.py` wrote.
+
+    Settings: `tree` or a list of `files`, `pieces`, `segment_samples`, `batch_size`, `workers`, `threads`; where they
+    are given, `seed`, `snr_db` by kind of noise, and a file `weights` for what the encoder has learned in the end.
+    """
     import yaml
 
     settings = yaml.safe_load(config_file.read_text())
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.set_num_threads(settings["threads"])
-    dataset = PerItem(_files_below(Path(settings["tree"])), settings["segment_samples"], Path(settings["pieces"]))
+    torch.manual_seed(settings.get("seed", 0))
+    files = settings.get("files") or _files_below(Path(settings["tree"]))
+    dataset = PerItem(files, settings["segment_samples"], Path(settings["pieces"]), settings.get("snr_db", SNR_DB))
+    dataset.reseed(settings.get("seed", 0))
     loader = torch.utils.data.DataLoader(
         dataset,
         settings["batch_size"],
@@ -85,6 +91,8 @@ def published(config_file: Path, steps: int) -> dict[str, Any]:
             begin = end
             if len(seconds) == WARM_UP + steps:
                 break
+    if "weights" in settings:
+        torch.save(encoder.state_dict(), settings["weights"])
     if device.type == "cuda":
         peak = torch.cuda.max_memory_allocated()
     else:
@@ -93,8 +101,6 @@ def published(config_file: Path, steps: int) -> dict[str, Any]:
 
 
 def _begin_worker(worker: int) -> None:
-    dataset: Any = torch.utils.data.get_worker_info().dataset  # type: ignore[union-attr]
-    dataset._random = np.random.default_rng(worker)
-    if dataset._augment is not None:
-        dataset._augment._random = dataset._random
+    information: Any = torch.utils.data.get_worker_info()
+    information.dataset.reseed(information.seed)
     torch.set_num_threads(1)

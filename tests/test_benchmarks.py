@@ -112,7 +112,7 @@ def test_the_table_of_the_metrics_is_written_again_without_measuring(tmp_path: P
 
 
 def test_the_tables_of_training_are_written_again_without_measuring(tmp_path: Path) -> None:
-    for name, script in (("train-cpu", "train"), ("start", "start")):
+    for name, script in (("train-cpu-fp32", "train"), ("train-cpu-bf16", "train"), ("start", "start")):
         stored = PROJECT / f"benchmarks/results/{name}.json"
         shutil.copy(stored, tmp_path)
         command = [sys.executable, PROJECT / f"benchmarks/{script}.py", "--table", "--results", tmp_path]
