@@ -1,6 +1,6 @@
 """DeepSpeed: the engine around the objective, and what is asked of it during training."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from cel_dist import engine_checkpoint
 from cel_dist.config import Config
 from cel_dist.distributed import World
 from cel_dist.engine_shards import Shards
+from cel_dist.losses.batch import Findings
 from cel_dist.random_state import random_state, restore_random_state
 
 
@@ -43,9 +44,9 @@ class Engine:
             # Decay would pull w towards 0, which has nothing to do with how complex the encoder is.
             groups.append({"params": loss, "weight_decay": 0.0})
         # A DeepSpeed optimizer would compile a kernel for over a minute on a CPU.
-        optimizer = torch.optim.AdamW(groups, lr=config.optim.lr, fused=True)
+        self._optimizer: Any = torch.optim.AdamW(groups, lr=config.optim.lr, fused=True)
         self._engine, *_ = deepspeed.initialize(
-            model=objective.to(device), optimizer=optimizer, config=deepspeed_settings(config, world)
+            model=objective.to(device), optimizer=self._optimizer, config=deepspeed_settings(config, world)
         )
         engine_checkpoint.initialise(self._engine)
         # What classifies, of a loss that does.
@@ -65,11 +66,11 @@ class Engine:
         module: nn.Module = self._engine.module
         return module
 
-    @property
-    def problem(self) -> str | None:
-        """What was wrong with the last batch, where the loss knows."""
-        problem: str | None = getattr(self.objective.get_submodule("loss"), "problem", None)
-        return problem
+    def problem(self) -> Callable[[], str | None]:
+        """What says what was wrong with the last batch, also when there are others after it; None if the loss found
+        nothing. The host waits for it."""
+        findings: tuple[Findings, ...] = self.objective.get_submodule("loss").findings  # type: ignore[assignment]
+        return lambda: next((str(error) for found in findings if (error := found.error())), None)
 
     def forward_backward(self, features: Tensor, ids: Tensor | None = None) -> Any:
         """Compute the loss in training mode, and the gradients, averaged over the ranks.
@@ -141,18 +142,29 @@ class Engine:
         self._norm = (total + own).sqrt()
         return self._norm
 
-    def step(self, learning_rate: float) -> None:
+    def step(self, learning_rate: float, refused: Tensor | None = None) -> None:
         """Clip if configured, update the parameters, keep the loss parameters in their range and the batch-norm
-        statistics equal on all ranks."""
+        statistics equal on all ranks.
+
+        Args:
+            learning_rate: of the encoder.
+            refused: float32 scalar on the device. Where it is 1, nothing changes: neither parameters nor what the
+                optimizer has of them, and buffers are what they were before `forward_backward`.
+        """
         if self._clip_norm > 0:
             self._clip()
         for group, rate in zip(self._engine.optimizer.param_groups, self._rates, strict=False):
             group["lr"] = learning_rate * rate
+        # Fused kernels leave everything alone where it is 1.
+        self._optimizer.found_inf = refused
         self._engine.step()
         if self._shards:
-            self._shards.step(learning_rate * self._rates[1])
+            self._shards.step(learning_rate * self._rates[1], refused)
         self._keep_scale_in_range()
         self._average_buffers()
+        if refused is not None:
+            assert self._before_pass is not None
+            self._before_pass.restore_where(refused > 0)
 
     def _clip(self) -> None:
         """Scale the gradients down to the norm that is allowed. DeepSpeed's own clipping knows nothing of shards."""
@@ -218,21 +230,6 @@ class Engine:
             return None
         with self._whole(list(self._head.parameters())):
             return {name: tensor.detach().to("cpu", copy=True) for name, tensor in self._head.class_weights().items()}
-
-    def discard(self) -> None:
-        """Forget the gradients of `forward_backward` and what it made of the buffers, instead of a `step`."""
-        optimizer = self._engine.optimizer
-        if self._stage == 0:
-            self._engine.zero_grad()
-        else:
-            optimizer.zero_grad()
-            # Left there, they would be added to those of the next step.
-            for group in optimizer.averaged_gradients:
-                optimizer.averaged_gradients[group] = None
-        if self._shards:
-            self._shards.discard()
-        assert self._before_pass is not None
-        self._before_pass.restore()
 
     def snapshot(self) -> dict[str, Any]:
         """What this rank has to save, copied to the CPU: files by name, for `torch.save`. All ranks call this."""
@@ -301,6 +298,12 @@ class _Buffers:
             buffer.copy_(before)
 
     @torch.no_grad()
+    def restore_where(self, condition: Tensor) -> None:
+        """`restore` if a bool scalar on the device is true."""
+        for buffer, before in zip(self._buffers, self._before, strict=True):
+            torch.where(condition, before, buffer, out=buffer)
+
+    @torch.no_grad()
     def add(self, share: float) -> None:
         """Take in what a pass over this share of the rows made of them."""
         if not self._moves:
@@ -323,12 +326,15 @@ class _Buffers:
 
 def deepspeed_settings(config: Config, world: World) -> dict[str, Any]:
     """The DeepSpeed configuration that belongs to a run."""
+    stage = config.engine.zero_stage
     settings: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": config.train.batch_size // world.size,
         "gradient_accumulation_steps": 1,
         # DeepSpeed clips at 1.0 unless told otherwise; `Engine` clips.
         "gradient_clipping": 0.0,
-        "zero_optimization": {"stage": config.engine.zero_stage},
+        "zero_optimization": {"stage": stage, "compute_grad_norm": stage not in (1, 2)},
+        # It would wait for the device twice a step, and the norm once more; stage 3 has no way to leave its norm out.
+        "timers": {"throughput": {"enabled": False}},
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": None,

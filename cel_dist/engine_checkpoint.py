@@ -73,6 +73,13 @@ def restore(engine: Any, checkpoint: Path) -> None:
         raise RunError(f"checkpoint {checkpoint} cannot be read: {' '.join(str(error).split())[:300]}") from error
     if path is None:
         raise RunError(f"checkpoint {checkpoint} holds no engine state")
+    # The options of the optimizer come with its state, and another version of this project had others.
+    inner = getattr(engine.optimizer, "optimizer", engine.optimizer)
+    for group in inner.param_groups:
+        group.update(fused=True, foreach=None)
+        for parameter in group["params"]:
+            state = inner.state[parameter]
+            state["step"] = torch.as_tensor(state["step"], dtype=torch.float32, device=parameter.device)
 
 
 def write_universal(checkpoint: Path, folder: Path, *, stage: int) -> None:

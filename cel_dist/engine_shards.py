@@ -39,15 +39,12 @@ class Shards:
         """Of this rank's rows: those of the global loss."""
         return [parameter.grad for parameter in self._parameters.values() if parameter.grad is not None]
 
-    def step(self, learning_rate: float) -> None:
-        """Update, and forget the gradients."""
+    def step(self, learning_rate: float, refused: Tensor | None = None) -> None:
+        """Update, unless `refused` is 1 on the device, and forget the gradients."""
         for group in self._optimizer.param_groups:
             group["lr"] = learning_rate
+        self._optimizer.found_inf = refused  # type: ignore[attr-defined]
         self._optimizer.step()
-        self.discard()
-
-    def discard(self) -> None:
-        """Forget the gradients."""
         self._optimizer.zero_grad()
 
     def snapshot(self) -> dict[str, Any]:

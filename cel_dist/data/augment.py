@@ -13,6 +13,7 @@ from scipy.fft import next_fast_len
 from torch import Tensor, nn
 
 from cel_dist.config_sections import AugmentSection
+from cel_dist.copies import to_device
 from cel_dist.data.bank import Bank
 from cel_dist.data.randomness import Purpose, generator
 from cel_dist.errors import CelError
@@ -105,7 +106,7 @@ class Augment(nn.Module):
         )
         augmented = torch.empty(flat.shape, dtype=torch.float32, device=flat.device)
         for part in self._parts(choices, num_samples, flat.device):
-            index = torch.from_numpy(part).to(flat.device)
+            index = to_device(part, flat.device)
             wet = self._reverberate(flat[index].to(torch.float32), choices.rows(part))
             augmented[index] = self._add_noise(wet, choices.rows(part))
         return augmented.reshape(segments.shape)
@@ -132,8 +133,8 @@ class Augment(nn.Module):
         responses = rooms.padded(_pick(choices.room[chosen], len(rooms)), max_samples=wave.shape[1])
         gain_db = _scale(choices.gain[chosen], self.config.rir_gain_db)
         amplitude = _to(10.0 ** (0.1 * gain_db) / 32768.0, wave)
-        filters = torch.from_numpy(responses).to(wave.device).to(torch.float32) * amplitude[:, None]
-        index = torch.from_numpy(chosen).to(wave.device)
+        filters = to_device(responses, wave.device).to(torch.float32) * amplitude[:, None]
+        index = to_device(chosen, wave.device)
         wet = convolve(wave[index], filters)
         return wet if len(chosen) == len(wave) else wave.index_copy(0, index, wet)
 
@@ -142,10 +143,10 @@ class Augment(nn.Module):
         if len(chosen) == 0:
             return wave
         crops, levels = self._draw_noise(choices.rows(chosen), wave.shape[1])
-        noise, snr_db = torch.from_numpy(crops).to(wave.device).to(torch.float32), _to(levels, wave)
+        noise, snr_db = to_device(crops, wave.device).to(torch.float32), _to(levels, wave)
         if len(chosen) == len(wave):
             return wave + at_snr(noise, wave, snr_db)
-        index = torch.from_numpy(chosen).to(wave.device)
+        index = to_device(chosen, wave.device)
         return wave.index_add(0, index, at_snr(noise, wave[index], snr_db))
 
     def _draw_noise(self, choices: Choices, num_samples: int) -> tuple[np.ndarray, np.ndarray]:
@@ -192,4 +193,4 @@ def _scale(fraction: np.ndarray, bounds: tuple[float, float]) -> np.ndarray:
 
 
 def _to(values: np.ndarray, like: Tensor) -> Tensor:
-    return torch.from_numpy(values.astype(np.float32)).to(like.device)
+    return to_device(values.astype(np.float32), like.device)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from cel_dist.config_sections import AugmentSection
+from cel_dist.copies import to_device
 from cel_dist.data.randomness import Purpose, generator
 
 
@@ -59,7 +60,7 @@ def _hidden(numbers: np.ndarray, widest: int, size: int, device: torch.device) -
     widths = np.floor(numbers[..., 0] * (min(widest, size) + 1)).astype(np.int64)
     starts = np.floor(numbers[..., 1] * (size - widths + 1)).astype(np.int64)
     # The bounds go to the device, not the masks, which are as large as the features.
-    first, end = (torch.from_numpy(bound).to(device)[..., None] for bound in (starts, starts + widths))
+    first, end = (to_device(bound, device)[..., None] for bound in (starts, starts + widths))
     place = torch.arange(size, device=device)
     covered: Tensor = ((first <= place) & (place < end)).any(dim=2)
     return covered

@@ -9,6 +9,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
+from cel_dist.copies import to_device
 from cel_dist.data.randomness import Purpose, generator
 
 _HUNDREDTHS = 100
@@ -65,10 +66,10 @@ class SpeedPerturbation(nn.Module):
         """
         if self._hundredths == [_HUNDREDTHS]:
             return segments[..., : self._num_samples]
-        chosen = torch.from_numpy(self.drawn(epoch=epoch, step=step, rows=rows, batch_size=batch_size))
+        chosen = self.drawn(epoch=epoch, step=step, rows=rows, batch_size=batch_size)
         played = segments.new_empty((*segments.shape[:2], self._num_samples), dtype=torch.float32)
         for number, hundredths in enumerate(self._hundredths):
-            index = torch.nonzero(chosen == number).flatten().to(segments.device)
+            index = to_device(np.flatnonzero(chosen == number), segments.device)
             if len(index) == 0:
                 continue
             # So many that the last sample that is kept is one of the utterance.

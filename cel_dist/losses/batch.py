@@ -1,6 +1,8 @@
 """The global batch as the terms of the loss see it."""
 
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -70,15 +72,40 @@ def faults(x: Tensor) -> Tensor:
     return torch.stack([infinite.sum(), empty.sum()]).to(x.dtype)
 
 
-def check_faults(by_rank: Tensor, num_rows: int) -> None:
-    """Raise EmbeddingsError if a rank reported faults [W, 2]; all ranks see the same numbers, so all of them raise."""
-    if not bool(by_rank.any()):
-        return
+class Findings:
+    """What may be wrong with the global batch: counts on the device, equal on all ranks.
+
+    Args:
+        counts: all of them 0 where nothing is wrong.
+        error: what to say of them, as a list, where something is.
+    """
+
+    def __init__(self, counts: Tensor, error: Callable[[list[Any]], CelError]) -> None:
+        self._counts, self._error = counts, error
+
+    def poisoned(self, loss: Tensor) -> Tensor:
+        """The loss, which is no number where something is wrong; found out on the device."""
+        return loss.masked_fill(self._counts.any(), torch.nan)
+
+    def error(self) -> CelError | None:
+        """What is wrong; None if nothing is. The host waits for it."""
+        counts = self._counts.tolist()
+        return self._error(counts) if bool(self._counts.any()) else None
+
+    def check(self) -> None:
+        """Raise what is wrong, on all ranks alike."""
+        error = self.error()
+        if error is not None:
+            raise error
+
+
+def unusable_rows(by_rank: Iterable[Sequence[float]], num_rows: int) -> EmbeddingsError:
+    """What to say of the `faults` of all ranks [W, 2], some of which are not 0."""
     found = []
-    for rank, (infinite, empty) in enumerate(by_rank.int().tolist()):
+    for rank, (infinite, empty) in enumerate(by_rank):
         if infinite:
-            found.append(f"rank {rank} has embeddings that are not finite in {infinite} of {num_rows} utterances")
+            found.append(f"rank {rank} has embeddings that are not finite in {infinite:.0f} of {num_rows} utterances")
         if empty:
-            found.append(f"rank {rank} has embeddings of length 0 in {empty} of {num_rows} utterances")
+            found.append(f"rank {rank} has embeddings of length 0 in {empty:.0f} of {num_rows} utterances")
     remedy = "lower optim.lr, set optim.clip_norm, or look for silent or damaged audio with 'cel check'"
-    raise EmbeddingsError(f"{'; '.join(found)}; {remedy}")
+    return EmbeddingsError(f"{'; '.join(found)}; {remedy}")

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from cel_dist.errors import CelError
-from cel_dist.losses.batch import check_faults, faults
+from cel_dist.losses.batch import Findings, faults, unusable_rows
 from cel_dist.losses.exchange import Exchange
 from cel_dist.losses.precision import Products
 
@@ -36,10 +36,12 @@ class ClassificationOutput(NamedTuple):
     Attributes:
         loss: mean cross entropy; it alone carries a gradient.
         accuracy: share of the embeddings whose own class has the largest score, without margin; in [0, 1].
+        findings: what was found of the batch.
     """
 
     loss: Tensor
     accuracy: Tensor
+    findings: Findings
 
 
 class Classifier(NamedTuple):
@@ -54,6 +56,7 @@ class Classifier(NamedTuple):
         scale: from what adapts it to the scale, [1] or a number.
         exchange: the ranks that share the batch.
         products: how matrix products are computed.
+        skip_unusable: a batch of which there is no loss has one that is not a number, instead of raising an error.
     """
 
     classes: int
@@ -64,6 +67,7 @@ class Classifier(NamedTuple):
     scale: Callable[["Scores"], Tensor | float]
     exchange: Exchange
     products: Products
+    skip_unusable: bool
 
 
 def classify(
@@ -83,10 +87,11 @@ def classify(
         CelError: on every rank alike: a label that is no class, or rows or labels whose form cannot be used.
     """
     classifier.exchange.agree(x, True, _problem(x, labels, weight.shape[-1]))
-    outputs: tuple[Tensor, Tensor] = _Classification.apply(  # type: ignore[no-untyped-call]
+    loss, accuracy, counts = _Classification.apply(  # type: ignore[no-untyped-call]
         x, weight, bias, labels, classifier, torch.is_grad_enabled()
     )
-    return ClassificationOutput(*outputs)
+    findings = _findings(counts, len(x), classifier)
+    return ClassificationOutput(findings.poisoned(loss), accuracy, findings)
 
 
 def _problem(x: Tensor, labels: Tensor, dim: int) -> str:
@@ -117,12 +122,13 @@ class Scores:
         if bias is not None:
             scores += bias
         places = labels - of.first
-        # Rows of a class that is elsewhere have no right score here.
-        self._here = ((places >= 0) & (places < num_classes)).nonzero().squeeze(1)
-        self._places = places[self._here]
-        right = scores.new_zeros(len(rows))
-        right[self._here] = scores[self._here, self._places]
-        scores[self._here, self._places] = -torch.inf
+        # Rows of a class that is elsewhere have no right score here. They take part in what is done at these places,
+        # because a list of the others has a length that the host would have to wait for.
+        self._here = ((places >= 0) & (places < num_classes))[:, None]
+        self._places = places.clamp(0, num_classes - 1)[:, None]
+        at_places = scores.gather(1, self._places)
+        right = at_places.masked_fill(~self._here, 0.0).squeeze(1)
+        scores.scatter_(1, self._places, at_places.masked_fill(self._here, -torch.inf))
         largest = scores.amax(dim=1)
         self.right = of.exchange.total(right) if of.sharded else right
         self.largest = of.exchange.largest(largest) if of.sharded else largest
@@ -154,7 +160,8 @@ class Scores:
             wanted: which of the three gradients.
         """
         at_scores = self._scores.mul_(others[:, None])
-        at_scores[self._here, self._places] = right[self._here]
+        at_places = at_scores.gather(1, self._places)
+        at_scores.scatter_(1, self._places, torch.where(self._here, right[:, None], at_places))
         at_bias = at_scores.sum(dim=0) if wanted[2] else None
         if self._winners is not None:
             of_centres = at_scores.new_zeros(*at_scores.shape, weight.shape[1])
@@ -185,7 +192,7 @@ class _Classification(torch.autograd.Function):
         labels: Tensor,
         classifier: Classifier,
         learns: bool,
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor]:
         exchange, sharded = classifier.exchange, classifier.sharded
         of_rows, of_weight, of_bias = (learns and needed for needed in ctx.needs_input_grad[:3])
         num_views, world_size = x.shape[1], exchange.world_size
@@ -197,7 +204,9 @@ class _Classification(torch.autograd.Function):
         else:
             found = exchange.gather_vectors(_faults(x, labels, classifier))
             rows, labels = x.flatten(0, 1), labels.repeat_interleave(num_views)
-        _check(found, len(x), classifier.classes)
+        if not classifier.skip_unusable:
+            # Before the scale follows the batch.
+            _findings(found, len(x), classifier).check()
         with classifier.products.active():
             units, lengths = _units(rows) if classifier.angular else (rows, None)
             cast = weight.to(rows.dtype)
@@ -230,8 +239,8 @@ class _Classification(torch.autograd.Function):
             )
         )
         loss, accuracy = values.to(x.dtype)
-        ctx.mark_non_differentiable(accuracy)
-        return loss, accuracy
+        ctx.mark_non_differentiable(accuracy, found)
+        return loss, accuracy, found
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
@@ -247,17 +256,19 @@ def _faults(x: Tensor, labels: Tensor, classifier: Classifier) -> Tensor:
     return torch.cat([faults(x), unknown[None].to(x.dtype)]).double()
 
 
-def _check(by_rank: Tensor, num_rows: int, classes: int) -> None:
-    """Raise the same error on all ranks if one of them has faults [W, 3]."""
-    if not bool(by_rank.any()):
-        return
-    unknown = [str(rank) for rank, (*_, count) in enumerate(by_rank.tolist()) if count]
-    if unknown:
-        raise CelError(
-            f"rank {', '.join(unknown)} has labels that are not in 0..{classes - 1}, the classes of the head; number "
-            "the speakers from 0"
+def _findings(counts: Tensor, num_rows: int, classifier: Classifier) -> Findings:
+    """Of the `_faults` of all ranks [W, 3]."""
+
+    def error(by_rank: list[list[float]]) -> CelError:
+        unknown = [str(rank) for rank, (*_, count) in enumerate(by_rank) if count]
+        if not unknown:
+            return unusable_rows([of_rank[:2] for of_rank in by_rank], num_rows)
+        return CelError(
+            f"rank {', '.join(unknown)} has labels that are not in 0..{classifier.classes - 1}, the classes of the "
+            "head; number the speakers from 0"
         )
-    check_faults(by_rank[:, :2], num_rows)
+
+    return Findings(counts, error)
 
 
 def _units(vectors: Tensor) -> tuple[Tensor, Tensor]:

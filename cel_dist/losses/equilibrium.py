@@ -7,6 +7,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from cel_dist.errors import CelError
+from cel_dist.losses.batch import Findings
 from cel_dist.losses.exchange import Exchange, ExchangeName
 from cel_dist.losses.precision import MatmulName, Products
 from cel_dist.losses.similarity import SIMILARITIES, SimilarityName
@@ -49,10 +50,14 @@ class EquilibriumLoss(nn.Module):
         exchange: `gather`, `ring` or `auto`; `losses.exchange.Exchange` says what they cost.
         matmul: `fp32`, `tf32` or `bf16` matrix products, accumulated in fp32. The logits of `prototypical` are
             differences of large numbers, so its products are fp64 in any case.
+        skip_unusable: for training: embeddings that are not finite or of length 0, and a batch of one sample alone,
+            give a loss that is not a number, and `findings` say why, instead of CelError. The host need not wait for
+            the device, and an error in a forward pass would leave an engine in the middle of it.
 
     Attributes:
         w: [1] scale of the logits, 10 at first; None where the similarity has none. `clamp_scale` keeps it positive.
         b: [1] shift of the logits, -5 at first; None where the similarity has none.
+        findings: what was found of the last batch.
 
     Raises:
         CelError: an unknown name, `t` not above 0, or a weight below 0 or not finite.
@@ -75,6 +80,7 @@ class EquilibriumLoss(nn.Module):
         group: dist.ProcessGroup | None = None,
         exchange: ExchangeName = "auto",
         matmul: MatmulName = "fp32",
+        skip_unusable: bool = False,
     ) -> None:
         super().__init__()
         if similarity not in SIMILARITIES:
@@ -82,7 +88,10 @@ class EquilibriumLoss(nn.Module):
         check_pairs(pairs, t)
         check_weights(lambda_s, lambda_u)
         definition = SIMILARITIES[similarity]
-        self._settings = Settings(definition, pairs, t, lambda_s, lambda_u, Products(matmul))
+        self._settings = Settings(
+            definition, pairs, t, lambda_s, lambda_u, Products(matmul), skip_unusable=skip_unusable
+        )
+        self.findings: tuple[Findings, ...] = ()
         self._exchange = Exchange(group, exchange)
         # Of shape [1], because DeepSpeed refuses parameters without dimensions.
         scaled = definition.scaled
@@ -107,7 +116,9 @@ class EquilibriumLoss(nn.Module):
                 forms are compared, rows or ids of a form that cannot be used, or rows of different form; the ranks
                 are named. In backward: `create_graph=True`, as there is no second derivative.
         """
-        return LossOutput(*global_terms(x, self.w, self.b, ids, self._exchange, self._settings))
+        *values, findings = global_terms(x, self.w, self.b, ids, self._exchange, self._settings)
+        self.findings = (findings,)
+        return LossOutput(*values)
 
     @torch.no_grad()
     def clamp_scale(self) -> None:

@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from cel_dist.errors import CelError
-from cel_dist.losses.batch import EmbeddingsError
+from cel_dist.losses.batch import Findings
 from cel_dist.losses.class_weights import ClassWeights
 from cel_dist.losses.classification import ClassificationOutput, Classifier, Scores, classify
 from cel_dist.losses.equilibrium import LossOutput, check_weights
@@ -47,9 +47,6 @@ class ClassificationHead(ClassWeights):
         seed: of the initial weights; `ClassWeights` says what it does.
         matmul: `fp32`, `tf32` or `bf16` matrix products, accumulated in fp32.
 
-    Attributes:
-        problem: what was wrong with the last batch of a head that is asked to go on; None if nothing was.
-
     Raises:
         CelError: a number out of range, or more ranks than classes to be sharded.
     """
@@ -72,7 +69,6 @@ class ClassificationHead(ClassWeights):
     ) -> None:
         super().__init__(embedding_dim, classes, sub_centres, not self.angular, group, sharded, seed)
         self._products = Products(matmul)
-        self.problem: str | None = None
         self.margin = margin
 
     @property
@@ -101,15 +97,15 @@ class ClassificationHead(ClassWeights):
         Args:
             x: [K, D] or [K, V, D] embeddings, not normalised; with a group [B, D] or [B, V, D], this rank's rows.
             labels: [K] or [B] int64 their classes, in 0..C-1, the same for all views of a row.
-            skip_unusable: instead of EmbeddingsError, return a loss and gradients that are not numbers, and say in
-                `problem` why; under ZeRO-3 an error in a forward pass would leave the engine in the middle of it.
+            skip_unusable: instead of an error for what these rows and labels hold, return a loss that is not a number,
+                and findings that say why. The host need not wait for them, and an error in a forward pass would leave
+                an engine in the middle of it.
 
         Raises:
             EmbeddingsError: embeddings that are not finite or of length 0; on every rank alike.
             CelError: a label that is no class, on every rank alike, and as `EquilibriumLoss.forward` for rows and
                 labels of a form that cannot be used. In backward: `create_graph=True`.
         """
-        self.problem = None
         with full_precision(x) as own:
             rows = own[:, None] if own.ndim == 2 else own
             classifier = Classifier(
@@ -121,16 +117,9 @@ class ClassificationHead(ClassWeights):
                 self._scale_of,
                 self._exchange,
                 self._products,
+                skip_unusable,
             )
-            try:
-                return classify(rows, labels, self.centres, self.bias, classifier)
-            except EmbeddingsError as error:
-                if not skip_unusable:
-                    raise
-                self.problem = str(error)
-            parts = [rows, *self._tensors().values()]
-            loss = math.nan * sum((part.to(rows.dtype).sum() for part in parts), start=rows.new_zeros(()))
-            return ClassificationOutput(loss, loss.detach())
+            return classify(rows, labels, self.centres, self.bias, classifier)
 
     def _with_margin(self, right: Tensor) -> tuple[Tensor, Tensor]:
         """Scores of the right classes with the margin, and their derivative at those without."""
@@ -299,12 +288,11 @@ class SupervisedLoss(nn.Module):
         group: the ranks that share the batch, None for this process alone.
         exchange: of the uniformity loss; `losses.exchange.Exchange` says what the choices cost.
         matmul: of the uniformity loss: `fp32`, `tf32` or `bf16` matrix products.
-        skip_unusable: for training: embeddings that are not finite or of length 0 give a loss and gradients that are
-            not numbers, and `problem` says why, instead of EmbeddingsError.
+        skip_unusable: as that of `EquilibriumLoss`.
 
     Attributes:
         head: the classification head.
-        problem: what was wrong with the last batch, with `skip_unusable`; None if nothing was.
+        findings: what was found of the last batch.
 
     Raises:
         CelError: an unknown name, `t` not above 0, a weight below 0 or not finite, or a head of another group.
@@ -332,11 +320,11 @@ class SupervisedLoss(nn.Module):
         if head.group is not group:
             raise CelError("the head and the uniformity loss share the batch with different ranks; give both one group")
         self.head = head
-        self.problem: str | None = None
+        self.findings: tuple[Findings, ...] = ()
         self._skip_unusable = skip_unusable
         # `global_terms` has the uniformity, whose weight its loss carries.
         self._lambda_s = lambda_s
-        self._settings = Settings(None, pairs, t, 0.0, lambda_u, Products(matmul))
+        self._settings = Settings(None, pairs, t, 0.0, lambda_u, Products(matmul), skip_unusable=skip_unusable)
         self._exchange = Exchange(group, exchange)
 
     def forward(self, x: Tensor, labels: Tensor) -> LossOutput:
@@ -351,10 +339,8 @@ class SupervisedLoss(nn.Module):
         """
         with torch.set_grad_enabled(torch.is_grad_enabled() and self._lambda_s > 0):
             classified: ClassificationOutput = self.head(x, labels, self._skip_unusable)
-        self.problem = self.head.problem
-        if self.problem is not None:
-            return LossOutput(classified.loss, *(classified.accuracy for _ in LossOutput._fields[1:]))
         terms = global_terms(x, None, None, labels, self._exchange, self._settings)
+        self.findings = classified.findings, terms.findings
         return LossOutput(
             self._lambda_s * classified.loss + terms.loss,
             classified.loss.detach(),

@@ -6,6 +6,7 @@ with. That gradient is multiplied by W, because the engine averages over the ran
 No gradient is ever sent.
 """
 
+import functools
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -14,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from cel_dist.errors import CelError
-from cel_dist.losses.batch import GlobalBatch, check_faults, faults
+from cel_dist.losses.batch import Findings, GlobalBatch, faults, unusable_rows
 from cel_dist.losses.exchange import Exchange
 from cel_dist.losses.precision import Products, full_precision
 from cel_dist.losses.similarity import Similarity, SimilarityTerm
@@ -34,6 +35,8 @@ class Settings:
         lambda_u: weight of the uniformity loss, likewise.
         products: how matrix products are computed.
         tile: size of the tiles; None chooses by device.
+        skip_unusable: a batch of which there is no loss has one that is not a number, instead of raising an error, for
+            which the host would have to wait.
     """
 
     similarity: Similarity | None = None
@@ -43,16 +46,19 @@ class Settings:
     lambda_u: float = 1.0
     products: Products = field(default_factory=lambda: Products("fp32"))
     tile: TileSize | None = None
+    skip_unusable: bool = False
 
 
 class Values(NamedTuple):
-    """Scalars of the global batch, equal on every rank; 0 for a term that was not asked for."""
+    """Scalars of the global batch, equal on every rank; 0 for a term that was not asked for. And what was found of the
+    batch."""
 
     loss: Tensor
     similarity: Tensor
     uniformity: Tensor
     alignment: Tensor
     accuracy: Tensor
+    findings: Findings
 
 
 def global_terms(
@@ -91,10 +97,13 @@ def global_terms(
         with torch.set_grad_enabled(uniformity_learns):
             units = F.normalize(own, dim=-1)
         learns = similarity_learns and settings.similarity is not None, uniformity_learns and settings.pairs is not None
-        outputs: tuple[Tensor, ...] = _GlobalTerms.apply(  # type: ignore[no-untyped-call]
+        loss, of_similarity, of_uniformity, alignment, accuracy, counts = _GlobalTerms.apply(  # type: ignore[no-untyped-call]
             *local, units, w, b, own.detach(), ids, exchange, settings, learns
         )
-        return Values(*outputs)
+        findings = Findings(counts, functools.partial(_error, num_rows=len(own), num_ranks=exchange.world_size))
+        if not settings.skip_unusable:
+            findings.check()
+        return Values(findings.poisoned(loss), of_similarity, of_uniformity, alignment, accuracy, findings)
 
 
 def _problem(x: Tensor, ids: Tensor | None) -> str:
@@ -104,6 +113,15 @@ def _problem(x: Tensor, ids: Tensor | None) -> str:
     if ids is not None and (ids.shape != x.shape[:1] or ids.dtype != torch.int64):
         return f"ids have shape {list(ids.shape)} and type {ids.dtype}; give {len(x)} of int64"
     return ""
+
+
+def _error(counts: list[float], num_rows: int, num_ranks: int) -> CelError:
+    """What to say of faults [W 2], and of whether no pair is left."""
+    *of_rows, is_one_sample = counts
+    if any(of_rows):
+        return unusable_rows(zip(of_rows[::2], of_rows[1::2], strict=True), num_rows)
+    assert is_one_sample
+    return CelError(f"all {num_rows * num_ranks} utterances of the global batch are one sample; give different ones")
 
 
 class _GlobalTerms(torch.autograd.Function):
@@ -134,21 +152,21 @@ class _GlobalTerms(torch.autograd.Function):
             logarithms = view_pairs(settings.pairs, batch.num_views) if settings.pairs else []
             uniformities = [UniformityTerm(pairs, units, settings.t, uniformity_learns) for pairs in logarithms]
             shared, common = _first_pass(x, units, batch, [*([similarity] if similarity else []), *uniformities])
-            check_faults(common[:, :2], batch.num_rows)
             _, _, num_same, distance = common.sum(dim=0)
 
             loss_s = accuracy = loss_u = x.new_zeros(())
+            is_one_sample = num_same.new_zeros(())
             gradients: list[Tensor | None] = [None] * 5
             if similarity:
                 loss_s, accuracy = (value.to(x.dtype) for value in similarity.value(shared[0]))
             if uniformities:
                 of_uniformity = shared[-len(uniformities) :]
-                count = int(num_same.item())
                 logs = [
-                    term.value(part, batch.num_utterances, count)
+                    term.value(part, batch.num_utterances, num_same)
                     for term, part in zip(uniformities, of_uniformity, strict=True)
                 ]
                 loss_u = torch.stack(logs).mean().to(x.dtype)
+                is_one_sample = (num_same == batch.num_utterances**2).double()
             weight = exchange.world_size
             if similarity and similarity_learns:
                 found = similarity.gradients(shared[0], batch)
@@ -169,7 +187,8 @@ class _GlobalTerms(torch.autograd.Function):
         num_view_pairs = batch.num_views * (batch.num_views - 1) / 2
         alignment = (distance / (batch.num_utterances * max(num_view_pairs, 1))).to(x.dtype)
         loss = settings.lambda_s * loss_s + settings.lambda_u * loss_u
-        outputs = loss, loss_s, loss_u, alignment, accuracy
+        counts = torch.cat([common[:, :2].flatten(), is_one_sample[None]])
+        outputs = loss, loss_s, loss_u, alignment, accuracy, counts
         ctx.mark_non_differentiable(*outputs[1:])
         return outputs
 
@@ -199,7 +218,7 @@ def _first_pass(
     parts = [term.take([next(rest) for _ in of_term]) for term, of_term in zip(terms, comparisons, strict=True)]
     common = [
         faults(x),
-        torch.tensor([num_same], dtype=torch.float64, device=x.device),
+        num_same[None],
         _squared_distances(units)[None],
     ]
     common_part = torch.cat([part.double() for part in common])

@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from cel_dist.losses.exchange import Block, SharedRows
+from cel_dist.losses.exchange import SharedRows
 from cel_dist.losses.precision import Products
 
 Map = Callable[[Tensor], Tensor]
@@ -155,31 +155,32 @@ class Pulled(NamedTuple):
 
 def negative_logsumexp(
     comparisons: Sequence[tuple[Comparison, bool]], rows: SharedRows, own: Own, products: Products, size: TileSize
-) -> tuple[list[Softmax], int]:
+) -> tuple[list[Softmax], Tensor]:
     """One pass over the global batch for several comparisons; the flag of each says whether it keeps the mean.
 
     Returns:
-        The softmax of every comparison, and the number of pairs (own row, row of the batch) of equal sample ids.
+        The softmax of every comparison, and the number of pairs (own row, row of the batch) of equal sample ids, an
+        int64 scalar on the device.
     """
     results = [Softmax(comparison, with_mean) for comparison, with_mean in comparisons]
     memory = _TileMemory()
     rounded = [products.rounded(comparison.anchors) for comparison, _ in comparisons]
-    num_same = 0
-    for tile in _tiles(rows, own, size.columns):
-        num_same += len(tile.same)
+    sorted_ids = own.ids.sort().values
+    num_same = own.ids.new_zeros(())
+    for tile in _tiles(rows, size.columns):
+        num_same += _num_same(sorted_ids, tile.ids)
         # Terms that compare with the same vectors share them.
         vectors = {keys: keys(tile.rows) for keys in {result.comparison.keys for result in results}}
         for result, anchors in zip(results, rounded, strict=True):
             keys = vectors[result.comparison.keys]
             bias = result.comparison.bias(keys) if result.comparison.bias else None
             keys = products.rounded(keys)
-            excluded = tile.same_but_itself if result.comparison.meets_itself else tile.same
             for some in _slices(len(anchors), size.rows):
                 logits = memory.tile(some.stop - some.start, len(keys), of=result.largest)
                 products.inner(anchors[some], keys, out=logits)
                 if bias is not None:
                     logits += bias
-                _exclude(logits, excluded, some, own_size=len(own.ids), columns_size=tile.num_columns)
+                _exclude(logits, own, some, tile, memory, but_itself=result.comparison.meets_itself)
                 result.add(logits, some, keys, products)
     return results, num_same
 
@@ -189,7 +190,7 @@ def pulled(pulls: Sequence[Pull], rows: SharedRows, own: Own, products: Products
     results = [Pulled(torch.zeros_like(pull.keys), torch.zeros_like(pull.keys[:, 0])) for pull in pulls]
     rounded = [products.rounded(pull.keys) for pull in pulls]
     memory, memory_of_sum = _TileMemory(), _TileMemory()
-    for tile in _tiles(rows, own, size.columns):
+    for tile in _tiles(rows, size.columns):
         for pull, result, keys in zip(pulls, results, rounded, strict=True):
             anchors = products.rounded(pull.anchors(tile.rows))
             biases = [
@@ -203,7 +204,7 @@ def pulled(pulls: Sequence[Pull], rows: SharedRows, own: Own, products: Products
                 if pull.floor is not None:
                     raised = logits < pull.floor
                     logits.clamp_(min=pull.floor)
-                _exclude(logits, tile.same, some, own_size=len(own.ids), columns_size=tile.num_columns)
+                _exclude(logits, own, some, tile, memory)
                 biases_of_some = [(None if k is None else k[some], a) for k, a in biases]
                 weights = _weights(logits, biases_of_some, memory_of_sum)
                 if raised is not None:
@@ -238,74 +239,50 @@ class _TileMemory:
     def __init__(self) -> None:
         self._numbers: dict[torch.dtype, Tensor] = {}
 
-    def tile(self, num_rows: int, num_columns: int, of: Tensor) -> Tensor:
-        """[num_rows, num_columns] numbers of the type and device of `of`, not set; the tile before is overwritten."""
-        count = num_rows * num_columns
-        numbers = self._numbers.get(of.dtype)
+    def tile(self, num_rows: int, num_columns: int, of: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        """[num_rows, num_columns] numbers of the device of `of`, and of its type or another one, not set; the tile of
+        that type before is overwritten."""
+        count, dtype = num_rows * num_columns, dtype or of.dtype
+        numbers = self._numbers.get(dtype)
         if numbers is None or len(numbers) < count:
-            numbers = self._numbers[of.dtype] = of.new_empty(count)
+            numbers = self._numbers[dtype] = of.new_empty(count, dtype=dtype)
         return numbers[:count].view(num_rows, num_columns)
-
-
-class _Pairs(NamedTuple):
-    """Places (own row, column of the tile)."""
-
-    rows: Tensor
-    columns: Tensor
-
-    def __len__(self) -> int:
-        return len(self.rows)
 
 
 class _Tile(NamedTuple):
     rows: Tensor
+    ids: Tensor
     columns: slice
-    same: _Pairs
-    same_but_itself: _Pairs
-
-    @property
-    def num_columns(self) -> int:
-        return len(self.rows)
 
 
-def _tiles(shared: SharedRows, own: Own, num_columns: int) -> Iterator[_Tile]:
-    sorted_ids, order = own.ids.sort()
+def _tiles(shared: SharedRows, num_columns: int) -> Iterator[_Tile]:
     for block in shared:
-        same = _same_sample(sorted_ids, order, block)
-        itself = same.rows + own.first == same.columns + block.first
-        starts = range(0, len(block.rows), num_columns)
-        edges = torch.tensor([*starts, len(block.rows)], device=same.columns.device)
-        bounds = torch.searchsorted(same.columns, edges).tolist()
-        for number, start in enumerate(starts):
-            inside = slice(bounds[number], bounds[number + 1])
-            pairs = _Pairs(same.rows[inside], same.columns[inside] - start)
-            others = ~itself[inside]
-            rows = block.rows[start : start + num_columns]
-            first = block.first + start
-            yield _Tile(rows, slice(first, first + len(rows)), pairs, _Pairs(pairs.rows[others], pairs.columns[others]))
+        for some in _slices(len(block.rows), num_columns):
+            columns = slice(block.first + some.start, block.first + some.stop)
+            yield _Tile(block.rows[some], block.ids[some], columns)
 
 
-def _same_sample(sorted_ids: Tensor, order: Tensor, block: Block) -> _Pairs:
-    """Pairs (own row, row of the block) of equal ids, ordered by the row of the block."""
-    first = torch.searchsorted(sorted_ids, block.ids)
-    counts = torch.searchsorted(sorted_ids, block.ids, right=True) - first
-    columns = torch.repeat_interleave(torch.arange(len(counts), device=counts.device), counts)
-    before = torch.repeat_interleave(counts.cumsum(0) - counts, counts)
-    place = torch.arange(len(columns), device=columns.device) - before + first[columns]
-    return _Pairs(order[place], columns)
+def _num_same(sorted_ids: Tensor, ids: Tensor) -> Tensor:
+    """Number of pairs of equal ids."""
+    after = torch.searchsorted(sorted_ids, ids, right=True)
+    return (after - torch.searchsorted(sorted_ids, ids)).sum()
 
 
-def _exclude(logits: Tensor, pairs: _Pairs, some: slice, own_size: int, columns_size: int) -> None:
-    """Set the pairs of rows `some` to -inf; rows and columns may each repeat for several vectors a row."""
-    if len(pairs) == 0:
-        return
-    num_columns = logits.shape[1] // columns_size
-    for repeat in range(-(-some.stop // own_size)):
-        rows = pairs.rows + repeat * own_size - some.start
-        inside = (rows >= 0) & (rows < len(logits))
-        rows, columns = rows[inside], pairs.columns[inside]
-        for copy in range(num_columns):
-            logits[rows, columns + copy * columns_size] = -torch.inf
+def _exclude(logits: Tensor, own: Own, some: slice, tile: _Tile, memory: _TileMemory, but_itself: bool = False) -> None:
+    """Set pairs of equal ids to -inf, among them every row with itself unless that is wanted; rows and columns may each
+    repeat for several vectors a row.
+
+    A mask of all pairs, because a list of the few that are equal has a length that the host would have to wait for.
+    """
+    num_repeats = -(-some.stop // len(own.ids))
+    num_columns = len(tile.ids)
+    same = memory.tile(len(logits), num_columns, of=logits, dtype=torch.bool)
+    torch.eq(own.ids.repeat(num_repeats)[some, None], tile.ids, out=same)
+    if but_itself:
+        device = logits.device
+        places = torch.arange(own.first, own.first + len(own.ids), device=device).repeat(num_repeats)[some, None]
+        same &= places != torch.arange(tile.columns.start, tile.columns.stop, device=device)
+    logits.view(len(logits), -1, num_columns).masked_fill_(same[:, None], -torch.inf)
 
 
 def _slices(length: int, size: int) -> Iterator[slice]:

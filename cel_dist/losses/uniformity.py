@@ -6,7 +6,6 @@ Both ends of a pair pull alike, hence 4 t instead of 2 t, and a row needs nothin
 """
 
 import functools
-import math
 from collections.abc import Callable
 from typing import Literal, NamedTuple, get_args
 
@@ -102,22 +101,17 @@ class UniformityTerm:
         ]
         return torch.cat(self._potentials).logsumexp(dim=0, keepdim=True)
 
-    def value(self, shared: Tensor, num_utterances: int, num_same: int) -> Tensor:
-        """The logarithm of the global batch, as exact as the parts.
+    def value(self, shared: Tensor, num_utterances: int, num_same: Tensor) -> Tensor:
+        """The logarithm of the global batch, as exact as the parts; of no use where all utterances are one sample.
 
         Args:
             shared: [W, 1] the parts of all ranks.
             num_utterances: K.
-            num_same: ordered pairs of rows with equal sample ids, every row with itself among them.
-
-        Raises:
-            CelError: no pair is left.
+            num_same: fp64 scalar, ordered pairs of rows with equal sample ids, every row with itself among them.
         """
-        excluded = sum(num_same - (num_utterances if pair.with_positives else 0) for pair in self._pairs)
-        num_pairs = len(self._pairs) * num_utterances**2 - excluded
-        if num_pairs <= num_utterances * sum(pair.with_positives for pair in self._pairs):
-            raise CelError(f"all {num_utterances} utterances of the global batch are one sample; give different ones")
-        return shared.logsumexp(dim=0).squeeze(0) - math.log(num_pairs)
+        kept = num_utterances * sum(pair.with_positives for pair in self._pairs)
+        num_pairs = len(self._pairs) * (num_utterances**2 - num_same) + kept
+        return shared.logsumexp(dim=0).squeeze(0) - num_pairs.log()
 
     def gradient(self, shared: Tensor) -> Tensor:
         """Gradient at this rank's unit embeddings, [B, V, D]."""

@@ -1,5 +1,9 @@
-"""What all ranks must know of a step before they update anything, in one collective, and what they do about a step that
-cannot be taken."""
+"""What all ranks must know of a step, in one collective: whether it can be taken, which the device decides alone, and
+what the host does about it when it hears of it.
+
+The host is a step ahead: it reads what was agreed on a step when the device has been given the next one, or before
+anything is recorded, saved or evaluated.
+"""
 
 import math
 from typing import Any, NamedTuple
@@ -8,47 +12,60 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from cel_dist.copies import Arrival
 from cel_dist.distributed import World
 from cel_dist.training.batches import TrainBatch
 
 
-class Agreement(NamedTuple):
+class Agreed(NamedTuple):
     """The same on all ranks.
 
     Attributes:
         loss: of the global batch; its mean over the ranks.
         gradient_norm: likewise.
         num_faults: utterances of the global batch that could not be read.
+        num_failed: ranks that had no batch, and computed with the one before.
         num_stopping: ranks that were asked to end.
     """
 
     loss: float
     gradient_norm: float
     num_faults: int
+    num_failed: int
     num_stopping: int
 
     @property
     def is_finite(self) -> bool:
-        """Whether the step can be taken."""
+        """Whether loss and gradient are."""
         return math.isfinite(self.loss) and math.isfinite(self.gradient_norm)
 
 
-def agree(loss: Tensor, gradient_norm: Tensor, *, num_faults: int, is_stopping: bool, world: World) -> Agreement:
+class Agreement:
+    """What the ranks agreed on, first on the device.
+
+    Attributes:
+        refused: float32 scalar on the device: 1 for a step that cannot be taken, else 0. An optimizer calls it
+            `found_inf`.
+    """
+
+    def __init__(self, sums: Tensor, num_ranks: int) -> None:
+        self.refused = (~sums[:2].isfinite().all() | (sums[3] > 0)).float()
+        self._sums, self._num_ranks = Arrival(sums), num_ranks
+
+    def read(self) -> Agreed:
+        """The same on the host, which waits for it."""
+        loss, norm, *counts = self._sums.wait().tolist()
+        return Agreed(loss / self._num_ranks, norm / self._num_ranks, *(int(count) for count in counts))
+
+
+def agree(
+    loss: Tensor, gradient_norm: Tensor, *, num_faults: int, has_failed: bool, is_stopping: bool, world: World
+) -> Agreement:
     """Tell the other ranks how a step went, and hear it from them. A sum is finite only where every term is."""
-    values = torch.stack(
-        [
-            loss.detach().double(),
-            gradient_norm.double(),
-            *loss.new_tensor([num_faults, is_stopping], dtype=torch.float64),
-        ]
-    )
-    dist.all_reduce(values)
-    sum_of_losses, sum_of_norms, total_faults, num_stopping = values.tolist()
-    return Agreement(sum_of_losses / world.size, sum_of_norms / world.size, int(total_faults), int(num_stopping))
-
-
-def _in_order(samples: Tensor) -> list[int]:
-    return list(dict.fromkeys(samples.flatten().tolist()))
+    counts = (loss.new_full((), count, dtype=torch.float64) for count in (num_faults, has_failed, is_stopping))
+    sums = torch.stack([loss.detach().double(), gradient_norm.double(), *counts])
+    dist.all_reduce(sums)
+    return Agreement(sums, world.size)
 
 
 def describe_batch(batch: TrainBatch, world: World) -> dict[str, list[int]]:
@@ -65,3 +82,7 @@ def describe_batch(batch: TrainBatch, world: World) -> dict[str, list[int]]:
     dist.all_gather_object(parts, own)
     ids, not_finite = ([sample for part in parts for sample in part[place]] for place in (0, 1))
     return {"ids": ids, "not_finite": not_finite}
+
+
+def _in_order(samples: Tensor) -> list[int]:
+    return list(dict.fromkeys(samples.flatten().tolist()))

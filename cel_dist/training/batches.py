@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from cel_dist.config import Config
+from cel_dist.copies import to_device
 from cel_dist.data.augment import Augment
 from cel_dist.data.folder import ShardFolder
 from cel_dist.data.remote import is_remote
@@ -140,7 +141,7 @@ class Batches:
         ids = batch.ids.to(self._device, non_blocking=True)
         if self._classes_a_speed:
             # The same voice at another speed is that of somebody else.
-            ids = ids + self._classes_a_speed * torch.from_numpy(self._speed.drawn(**place)).to(ids.device)
+            ids = ids + self._classes_a_speed * to_device(self._speed.drawn(**place), ids.device)
         return TrainBatch(batch.epoch, batch.step, ids, batch.utterances, features, len(batch.faults), waited, rate)
 
     def close(self) -> None:

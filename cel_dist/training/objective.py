@@ -1,7 +1,6 @@
 """Encoder and loss as one module, so that one engine owns all parameters and the loss sees them whole (ZeRO-3), as the
 configuration says, and the encoder that a run begins with."""
 
-import math
 from typing import Any, Literal, cast
 
 import torch
@@ -11,7 +10,6 @@ from torch import Tensor, nn
 from cel_dist.config import Config
 from cel_dist.encoders.batch_norm import with_global_batch_norm
 from cel_dist.losses import EquilibriumLoss, LossOutput
-from cel_dist.losses.batch import EmbeddingsError
 from cel_dist.losses.similarity import SimilarityName
 from cel_dist.losses.supervised import AdaCos, ArcFace, ClassificationHead, CosFace, Softmax, SupervisedLoss
 from cel_dist.model import load_model, load_weights
@@ -69,30 +67,6 @@ class Objective(nn.Module):
         return output
 
 
-class TrainingLoss(EquilibriumLoss):
-    """An equilibrium loss that is not a number where embeddings are of no use, instead of an error.
-
-    An error in the middle of a forward pass would leave the engine's hooks there. A loss that is not a number takes the
-    way of any other, through the backward pass, to where all ranks skip the step.
-
-    Attributes:
-        problem: what was wrong with the last batch; None if nothing was.
-    """
-
-    problem: str | None = None
-
-    def forward(self, x: Tensor, ids: Tensor | None = None) -> LossOutput:
-        """As that of `EquilibriumLoss`, but for EmbeddingsError."""
-        self.problem = None
-        try:
-            return super().forward(x, ids)
-        except EmbeddingsError as error:
-            self.problem = str(error)
-            parameters = (parameter.sum() for parameter in self.parameters())
-            loss = math.nan * sum(parameters, start=x.float().sum())
-            return LossOutput(loss, *(loss.detach() for _ in LossOutput._fields[1:]))
-
-
 def new_objective(
     config: Config, encoder: nn.Module, group: dist.ProcessGroup | None, on_gpu: bool, num_classes: int | None = None
 ) -> Objective:
@@ -113,13 +87,14 @@ def new_objective(
         "group": group,
         "exchange": config.loss.exchange,
         "matmul": config.loss.matmul,
+        "skip_unusable": True,
     }
     loss: nn.Module
     if config.classifies:
         assert num_classes is not None
-        loss = SupervisedLoss(_new_head(config, num_classes, group), skip_unusable=True, **settings)
+        loss = SupervisedLoss(_new_head(config, num_classes, group), **settings)
     else:
-        loss = TrainingLoss(cast(SimilarityName, config.loss.similarity), **settings)
+        loss = EquilibriumLoss(cast(SimilarityName, config.loss.similarity), **settings)
     if config.encoder.batch_norm == "global":
         encoder = with_global_batch_norm(encoder, group, on_gpu)
     return Objective(encoder, loss, config.encoder.views)

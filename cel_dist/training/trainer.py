@@ -14,24 +14,25 @@ from cel_dist.config_file import dump_config
 from cel_dist.data.files import atomic_write, sole_writer
 from cel_dist.distributed import World
 from cel_dist.engine import Engine
-from cel_dist.errors import PreemptedError, RunError
+from cel_dist.errors import PreemptedError
 from cel_dist.evaluation.embed import raised_together
 from cel_dist.evaluation.geometry import sphere_measures
 from cel_dist.process_group import process_group
 from cel_dist.random_state import seed_all
 from cel_dist.tracking import Tracker
-from cel_dist.training.agreement import Agreement, agree, describe_batch
+from cel_dist.training.agreement import agree
 from cel_dist.training.batches import Batches, TrainBatch
 from cel_dist.training.checkpoint import SavedRun
 from cel_dist.training.checkpoint_store import CheckpointStore
 from cel_dist.training.classes import Classes, take_over
 from cel_dist.training.conclusion import catch_up, conclude
+from cel_dist.training.ledger import LaunchedStep, Ledger
 from cel_dist.training.memory import advice_on_memory
 from cel_dist.training.objective import initial_encoder, new_encoder, new_objective
 from cel_dist.training.preflight import Checked, preflight
 from cel_dist.training.processor import remark_on_precision, settle
 from cel_dist.training.profile import StepProfile, named
-from cel_dist.training.records import SKIPPED, Interval, Records, writing
+from cel_dist.training.records import Records, writing
 from cel_dist.training.result import TrainResult
 from cel_dist.training.resuming import agreed_start, go_on, require_shared
 from cel_dist.training.schedule import learning_rate, margin, num_steps
@@ -121,7 +122,6 @@ class Trainer:
 
         self.total_steps = num_steps(config, self.plan.steps_per_epoch)
         self.state = start.state
-        self.interval = Interval()
         self.checkpoints = CheckpointStore(
             self.run_dir / "checkpoints",
             world,
@@ -134,8 +134,6 @@ class Trainer:
         seed_all(config.train.seed, world.rank)
         if start.checkpoint is not None and start.saved is not None:
             self.batches.load_state_dict(start.saved.stream)
-            if start.is_own:
-                self.interval.load_state_dict(start.saved.interval)
             go_on(self.engine, start.checkpoint, start.saved, config, world, device)
         self.begun_from = start.begun_from
         self.is_fork = start.checkpoint is not None and not start.is_own
@@ -147,6 +145,11 @@ class Trainer:
             if world.is_main:
                 self._open_records()
                 self._announce(start)
+        self.ledger = Ledger(config, world, self.state, self.checkpoints, self.records)
+        if start.saved is not None and start.is_own:
+            self.ledger.interval.load_state_dict(start.saved.interval)
+        self.batch: TrainBatch | None = None
+        self.failure: Exception | None = None
 
     def train(self) -> TrainResult:
         """Run the loop to its end."""
@@ -161,15 +164,18 @@ class Trainer:
             self.profile.start()
             while self.state.step < self.total_steps:
                 step_begin = time.perf_counter()
-                is_stopping = self.train_step()
+                self.train_step()
+                if self._is_record_due() or self._is_checkpoint_due() or self.ledger.is_stopping:
+                    # What is written and saved is what all steps came to.
+                    self.ledger.settle()
                 step_seconds += time.perf_counter() - step_begin
                 self.profile.step()
-                if self.state.step % self.config.train.log_every == 0 or self.state.step == self.total_steps:
+                if self._is_record_due():
                     self._record_interval()
                 # The checkpoint comes first: a validation that fails must not cost what was trained.
-                if self._is_checkpoint_due() or is_stopping:
+                if self._is_checkpoint_due() or self.ledger.is_stopping:
                     self._save_checkpoint()
-                if is_stopping and self.state.step < self.total_steps:
+                if self.ledger.is_stopping and self.state.step < self.total_steps:
                     self._leave()
                 if self._is_evaluation_due():
                     self._validate()
@@ -189,75 +195,51 @@ class Trainer:
             if self.tracker:
                 self.tracker.finish(status)
 
-    def train_step(self) -> bool:
-        """Fetch and augment, forward and backward, agree, update; returns whether the run is to end here."""
-        self.interval.begin_step()
-        with named("data"), raised_together(self.world):
+    def train_step(self) -> None:
+        """Fetch and augment, forward and backward, agree, update where that was agreed on. Nothing here waits for the
+        device; what became of the step is heard of with the next one."""
+        self.ledger.begin_step()
+        with named("data"):
             self.watchdog.at(self.state.step + 1, "waiting for data")
-            batch = next(self.batches)
+            batch = self._next_batch()
             # Before the ranks wait for each other, so that one that still waits for data is seen to be behind.
             self.watchdog.at(self.state.step + 1, "computing")
         if self.config.has_margin:
             self.engine.set_margin(self._margin(self.state.step))
         with named("forward and backward"):
             output = self.engine.forward_backward(batch.features, batch.ids)
-        with named("check"):
+        with named("agree"):
             gradient_norm = self.engine.gradient_norm()
-            agreed = agree(
+            agreement = agree(
                 output.loss,
                 gradient_norm,
                 num_faults=batch.num_faults,
+                has_failed=self.failure is not None,
                 is_stopping=self.request.name is not None,
                 world=self.world,
             )
-        if not agreed.is_finite:
-            self._skip(batch, agreed)
-            return agreed.num_stopping > 0
         with named("optimizer"):
-            self.engine.step(self._learning_rate(self.state.step))
+            self.engine.step(self._learning_rate(self.state.step), agreement.refused)
         self.state.step += 1
-        self.state.skipped_in_a_row = 0
-        self.interval.add(
-            output,
-            gradient_norm,
-            utterances=self.config.train.batch_size,
-            waited=batch.waited,
-            faults=agreed.num_faults,
-            false_negatives=batch.false_negatives,
+        launched = LaunchedStep(
+            self.state.step, batch, self.failure, output, gradient_norm, self.engine.problem(), agreement
         )
-        return agreed.num_stopping > 0
+        with named("check"):
+            self.ledger.enter(launched)
 
-    def _skip(self, batch: TrainBatch, agreed: Agreement) -> None:
-        """Leave a batch out whose loss or gradient is not finite, the same on all ranks.
-
-        Raises:
-            RunError: too many of them in a row.
-        """
-        self.engine.discard()
-        self.interval.add_skipped(waited=batch.waited, faults=agreed.num_faults)
-        reason = self.engine.problem or f"loss {agreed.loss}, gradient norm {agreed.gradient_norm}"
-        described = describe_batch(batch, self.world)
-        self.state.step += 1
-        self.state.skipped += 1
-        self.state.skipped_in_a_row += 1
-        step = self.state.step
-        if self.records:
-            self.records.write_skipped(step=step, epoch=batch.epoch, reason=reason, batch=described)
-        if self.state.skipped_in_a_row <= self.config.train.max_skipped_steps:
-            return
-        self.checkpoints.wait()
-        last = self.checkpoints.last()
-        advice = (
-            f"the last good state is {last}; go on from it in another run.dir, with --resume {last} and"
-            if last
-            else "no checkpoint was written yet; start again with"
-        )
-        raise RunError(
-            f"step {step} (epoch {batch.epoch}): {reason}; the last {self.state.skipped_in_a_row} batches were "
-            f"skipped, their samples are in {self.run_dir / SKIPPED}, and {advice} a lower optim.lr, optim.clip_norm, "
-            "or train.precision=fp32",
-            said_by=0,
-        )
+    def _next_batch(self) -> TrainBatch:
+        """The next batch of this rank. Where it has none, the one before stands in for it, so that the ranks need not
+        wait here for each other: they hear of it with the rest, and refuse the step."""
+        if self.batch is None:
+            with raised_together(self.world):
+                self.batch = next(self.batches)
+        elif self.failure is None:
+            try:
+                self.batch = next(self.batches)
+            except Exception as error:
+                self.failure = error
+        assert self.batch is not None
+        return self.batch
 
     def _leave(self) -> None:
         """End the run as a scheduler asked for, when the checkpoint is on disk."""
@@ -273,6 +255,9 @@ class Trainer:
         epoch_ends = self.state.step % (self.config.eval.every_epochs * self.plan.steps_per_epoch) == 0
         # Beyond the end is a run whose train.max_steps was lowered.
         return epoch_ends or self.state.step >= self.total_steps
+
+    def _is_record_due(self) -> bool:
+        return self.state.step % self.config.train.log_every == 0 or self.state.step >= self.total_steps
 
     def _is_checkpoint_due(self) -> bool:
         is_evaluated = self.config.eval.trials is not None and self._is_evaluation_due()
@@ -314,7 +299,7 @@ class Trainer:
         saved = SavedRun(
             state=self.state,
             stream=self.batches.state_dict(),
-            interval=self.interval.state_dict(),
+            interval=self.ledger.interval.state_dict(),
             signature=self.signature,
             num_ranks=self.world.size,
             begun_from=self.begun_from,
@@ -340,7 +325,7 @@ class Trainer:
         return self.state.step // self.plan.steps_per_epoch
 
     def _record_interval(self) -> None:
-        interval, self.interval = self.interval, Interval()
+        interval = self.ledger.take_interval()
         if interval.is_empty:
             return
         scalars = self.engine.loss_scalars()
