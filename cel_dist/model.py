@@ -3,7 +3,9 @@
 import os
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -101,7 +103,7 @@ class SpeakerModel:
             rows = [self.embed(utterance) for utterance in audio]
             return np.stack(rows) if rows else np.empty((0, self.description.encoder.embedding_dim), np.float32)
         pieces = segments(audio, round(MAX_WHOLE_SECONDS * SAMPLE_RATE))
-        return mean_embedding(np.concatenate([self.encode(piece[None], [name_of(audio)]) for piece in pieces]))
+        return mean_embedding(np.concatenate([self.encode([piece], [name_of(audio)]) for piece in pieces]))
 
     def embed_windows(self, audio: Audio, frames: int, windows: int) -> Embeddings:
         """Unit embeddings [windows, D] of evenly spaced, overlapping windows of one utterance, as published.
@@ -118,27 +120,30 @@ class SpeakerModel:
             CelError: as for `embed`, or `frames` or `windows` is below 1.
         """
         cut = cut_windows(audio, frames, windows)
-        return self.encode(cut, [name_of(audio)] * windows)
+        return self.encode(list(cut), [name_of(audio)] * windows)
 
-    def encode(self, waves: Tensor, names: Sequence[str]) -> Embeddings:
-        """Unit embeddings [B, D] of waveforms of equal length, in one pass of the encoder.
+    def encode(self, waves: Sequence[Tensor], names: Sequence[str]) -> Embeddings:
+        """Unit embeddings [B, D] of waveforms with equally many frames, 1 + T // 160 each, in one pass of the encoder.
 
         Args:
-            waves: [B, T] samples at 16 kHz on int16 scale, any real dtype.
+            waves: each [T] samples at 16 kHz on int16 scale, any real dtype; those of equal length best side by side.
             names: what each is called in an error.
 
         Raises:
             RunError: the encoder's output is not finite; the first waveform of which it is not is named.
         """
         with torch.inference_mode():
-            features = self._features(waves.to(self.device).float())
+            stacks = [torch.stack(list(same)) for _, same in groupby(waves, len)]
+            features = torch.cat([self._features(self._on_device(stack).float()) for stack in stacks])
         return self._encode_features(features, names)
 
+    def _on_device(self, waves: Tensor) -> Tensor:
+        # From pinned memory a copy neither waits for the GPU nor holds up what comes after it.
+        return waves.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else waves
+
     def _encode_features(self, features: Tensor, names: Sequence[str]) -> Embeddings:
-        # Scores must not depend on the device's shortcuts (TF32) or on an autocast region around the caller; benchmark
-        # mode would search for new kernels at each new length.
-        exact = torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False)
-        with torch.inference_mode(), torch.autocast(self.device.type, enabled=False), exact:
+        # Scores must not depend on an autocast region around the caller.
+        with torch.inference_mode(), torch.autocast(self.device.type, enabled=False), exact_kernels():
             rows: Embeddings = functional.normalize(self.encoder(features).float(), dim=-1).cpu().numpy()
         finite = np.isfinite(rows).all(axis=1)
         if not finite.all():
@@ -298,6 +303,12 @@ class SpeakerModel:
         if isinstance(audio, Excerpt):
             return audio.seconds()
         return len(audio) / SAMPLE_RATE if len(audio) >= MIN_SAMPLES else None
+
+
+def exact_kernels() -> AbstractContextManager[None]:
+    """Convolutions of a GPU without its shortcuts (TF32), which scores must not depend on, and without a search for new
+    kernels at each new length. It holds for all threads: whoever encodes in several is inside of it in the first."""
+    return torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False)
 
 
 def mean_embedding(rows: Embeddings) -> Embeddings:

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,9 @@ from cel_dist.data.audio import encode_audio
 from cel_dist.encoders import build_encoder
 from cel_dist.errors import CelError
 from cel_dist.evaluation import embed, embed_files
+from cel_dist.evaluation.batches import Room
 from cel_dist.evaluation.cutting import Cutting
+from cel_dist.evaluation.side_by_side import SideBySide
 from cel_dist.model import EncoderDescription, ModelDescription, SpeakerModel
 from cel_dist.utterance import Excerpt
 
@@ -52,8 +55,8 @@ def encoded(model: SpeakerModel, monkeypatch: pytest.MonkeyPatch) -> list[tuple[
     passes = []
     encode = model.encode
 
-    def counted(waves: torch.Tensor, names: list[str]) -> np.ndarray:
-        passes.append(tuple(waves.shape))
+    def counted(waves: list[torch.Tensor], names: list[str]) -> np.ndarray:
+        passes.append((len(waves), len(waves[0])))
         return encode(waves, names)
 
     monkeypatch.setattr(model, "encode", counted)
@@ -81,7 +84,8 @@ def test_segments_that_fit_exactly_do_not_overlap(model, folder, encoded):
 
 
 def test_a_batch_holds_so_many_seconds_and_the_embeddings_stay(model, folder, encoded):
-    small = embed_files(model, folder, ["3.wav"], cutting=Cutting(segment_seconds=0.2, batch_seconds=0.4))
+    small = embed_files(model, folder, ["3.wav"], cutting=Cutting(segment_seconds=0.2, batch_seconds=8 * 0.4))
+    # On a CPU a pass has an eighth of what may be in the encoder at once.
     assert encoded == [(2, 3200), (2, 3200), (1, 3200)]
     encoded.clear()
     large = embed_files(model, folder, ["3.wav"], cutting=Cutting(segment_seconds=0.2))
@@ -100,6 +104,77 @@ def test_utterances_of_a_long_list_share_passes_if_they_are_equally_long(model, 
     encoded.clear()
     embed_files(model, folder, FILES, cutting=Cutting(segment_seconds=0.3))
     assert encoded == [(10, 4800)]
+
+
+def test_equally_many_frames_share_a_pass_and_embeddings_stay(model, tmp_path, encoded, monkeypatch):
+    # 31 frames three times, by different numbers of samples, and 30.
+    files = {"a.wav": 4800, "b.wav": 4959, "c.wav": 4850, "d.wav": 4799}
+    for number, (name, samples) in enumerate(files.items()):
+        (tmp_path / name).write_bytes(encode_audio(noise(samples / RATE, number), "wav"))
+    alone = [model.embed(tmp_path / name) for name in files]
+    encoded.clear()
+    monkeypatch.setattr(embed, "_MIN_GROUPS", 1)
+    together = embed_files(model, tmp_path, list(files))
+    assert sorted(number for number, _ in encoded) == [1, 3]
+    np.testing.assert_allclose(together, alone, atol=1e-6)
+
+
+@pytest.fixture
+def two_threads():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.usefixtures("two_threads")
+def test_several_threads_give_the_embeddings_of_one_in_the_order_of_the_list(model, tmp_path, encoded):
+    lengths = np.random.default_rng(0).permutation(np.arange(20)) * 1000 + 8000
+    files = [f"{number}.flac" for number in range(20)]
+    for number, (name, samples) in enumerate(zip(files, lengths, strict=True)):
+        (tmp_path / name).write_bytes(encode_audio(noise(samples / RATE, number), "flac"))
+    told = []
+    rows = embed_files(model, tmp_path, files, progress=lambda done, total: told.append((done, total)))
+    # The longest first, by headers.
+    assert [samples for _, samples in encoded][:2] in ([27000, 26000], [26000, 27000])
+    assert told == [(done, 20) for done in range(1, 21)]
+    assert torch.get_num_threads() == 2
+    np.testing.assert_allclose(rows, [model.embed(tmp_path / name) for name in files], atol=1e-6)
+    (tmp_path / files[7]).write_bytes(b"text")
+    with pytest.raises(CelError, match=r"7\.flac cannot be read as audio"):
+        embed_files(model, tmp_path, files)
+    assert torch.get_num_threads() == 2
+
+
+def test_what_is_in_the_encoder_at_once_is_bounded():
+    room = Room(2.0)
+    entered, left = threading.Event(), threading.Event()
+    held = []
+
+    def second() -> None:
+        entered.set()
+        # More than there is room for passes, too, once it is alone.
+        with room.taken(5 * RATE):
+            held.append(left.is_set())
+
+    other = threading.Thread(target=second)
+    with room.taken(RATE):
+        with room.taken(RATE):
+            other.start()
+            entered.wait()
+        other.join(0.2)
+        left.set()
+    other.join(10)
+    assert held == [True]
+
+
+@pytest.mark.parametrize(
+    ("threads", "groups", "expected"), [(2, 1, (1, 2)), (2, 16, (2, 1)), (12, 64, (6, 2)), (64, 999, (8, 8))]
+)
+def test_threads_are_shared_out_over_groups(threads, groups, expected, monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    plan = SideBySide.plan(torch.device("cpu"), groups)
+    assert (plan.workers, plan.threads) == expected
 
 
 @pytest.mark.parametrize("num_ranks", [1, 2, 3, 8])
@@ -176,7 +251,9 @@ def test_memory_does_not_grow_with_the_length_of_a_file(model, tmp_path):
     program = """
 import resource, sys, torch
 from cel_dist.data.audio import read_audio
+from cel_dist.evaluation.batches import Room
 from cel_dist.evaluation.cutting import Cutting
+from cel_dist.evaluation.side_by_side import SideBySide
 from cel_dist.evaluation.embed import embed_files
 from cel_dist.model import load_model
 torch.set_num_threads(1)

@@ -73,7 +73,7 @@ def evaluate(
     ] = 120.0,
     batch_seconds: Annotated[
         float,
-        typer.Option(help="Seconds of audio that pass the encoder at once, where segments or files are equally long."),
+        typer.Option(help="Seconds of audio in the encoder at once, all passes together."),
     ] = 120.0,
     scoring: Annotated[
         Literal["euclidean", "cosine"] | None,

@@ -90,9 +90,12 @@ def audio_blocks(
         else:
             # As bytes: soundfile cannot encode the name of a file that is not UTF-8.
             with _Sequential(os.fsencode(source) if isinstance(source, Path) else io.BytesIO(source)) as file:
-                yield from _converted_blocks(
-                    file.next_frames, file.samplerate, file.channels, sample_rate, block_seconds
-                )
+                if (file.channels, file.samplerate, file.subtype) == (1, sample_rate, "PCM_16"):
+                    yield from _equal_blocks(file, _frames_at_once(1, sample_rate, block_seconds))
+                else:
+                    yield from _converted_blocks(
+                        file.next_frames, file.samplerate, file.channels, sample_rate, block_seconds
+                    )
                 file.require_whole()
     except FFmpegError as error:
         raise AudioError("unreadable", str(error)) from None
@@ -118,10 +121,34 @@ class _Sequential(soundfile.SoundFile):  # type: ignore[misc]  # soundfile has n
         self._position += len(block)
         return block
 
+    def next_samples(self, number: int) -> npt.NDArray[np.int16]:
+        """The next samples of one channel as they are stored, int16 `[n]`, fewer only at the end."""
+        # As many as are left and one more: whoever keeps the block keeps all that was asked for.
+        expected = min(number, max(0, self.frames - self._position) + 1)
+        block: npt.NDArray[np.int16] = self.read(expected, dtype="int16")
+        if len(block) == expected < number:
+            block = np.concatenate([block, self.read(number - expected, dtype="int16")])
+        self._position += len(block)
+        return block
+
     def require_whole(self) -> None:
         """Raise `AudioError` if a FLAC, whose header is exact where it tells, was cut off between two of its frames."""
         if self.format == "FLAC" and self._position < self.frames < _LONGEST_FRAMES:
             raise AudioError("unreadable", f"decoding stopped after {self._position} of {self.frames} samples")
+
+
+def _frames_at_once(channels: int, rate_hz: int, block_seconds: float | None) -> int:
+    frames = max(1, _VALUES_AT_ONCE // channels)
+    return frames if block_seconds is None else max(1, min(frames, round(block_seconds * rate_hz)))
+
+
+def _equal_blocks(file: _Sequential, frames: int) -> Iterator[npt.NDArray[np.int16]]:
+    """What needs no conversion, which would take longer than reading it."""
+    while True:
+        block = file.next_samples(frames)
+        yield block
+        if len(block) < frames:
+            return
 
 
 def _converted_blocks(
@@ -136,9 +163,7 @@ def _converted_blocks(
     resampler = None
     if rate_hz != sample_rate:
         resampler = soxr.ResampleStream(rate_hz, sample_rate, 1, dtype="float32", quality="HQ")
-    frames = max(1, _VALUES_AT_ONCE // channels)
-    if block_seconds is not None:
-        frames = max(1, min(frames, round(block_seconds * rate_hz)))
+    frames = _frames_at_once(channels, rate_hz, block_seconds)
     while True:
         block = read(frames)
         if not np.isfinite(block).all():
@@ -158,15 +183,21 @@ def audio_seconds(path: Path) -> float:
     Raises:
         AudioError: as `read_audio`.
     """
-    if not needs_ffmpeg(path):
-        try:
-            header = soundfile.info(os.fsencode(path))
-        except (soundfile.SoundFileError, OSError) as error:
-            raise AudioError("unreadable", getattr(error, "error_string", None) or str(error)) from None
-        # Streamed files state no length, or the largest number there is.
-        if 0 < header.frames < _LONGEST_FRAMES and header.samplerate > 0:
-            return float(header.frames / header.samplerate)
-    return len(read_audio(path)) / SAMPLE_RATE
+    seconds = header_seconds(path)
+    return len(read_audio(path)) / SAMPLE_RATE if seconds is None else seconds
+
+
+def header_seconds(path: Path) -> float | None:
+    """Duration of an audio file by its header; None if that does not tell, or cannot be read."""
+    if needs_ffmpeg(path):
+        return None
+    try:
+        header = soundfile.info(os.fsencode(path))
+    except (soundfile.SoundFileError, OSError):
+        return None
+    # Streamed files state no length, or the largest number there is.
+    is_stated = 0 < header.frames < _LONGEST_FRAMES and header.samplerate > 0
+    return float(header.frames / header.samplerate) if is_stated else None
 
 
 def require_usable(samples: npt.NDArray[np.int16], min_samples: int) -> None:

@@ -14,7 +14,7 @@ from cel_dist.model import mean_embedding
 from cel_dist.utterance import MAX_WHOLE_SECONDS, Audio, segments, windows
 
 BATCH_SECONDS = 120.0
-"""Audio that passes the encoder at once, where pieces are equally long."""
+"""Audio in the encoder at once."""
 
 WINDOWS_AS = ("scores", "embedding")
 
@@ -32,7 +32,7 @@ class Cutting:
         windows_as: `scores`: each window is kept, and a trial is scored by the mean over all pairs of them, as
             published; `embedding`: an utterance is the mean of its windows.
         segment_seconds: whole utterances that are longer are cut into segments of this length, whose mean they are.
-        batch_seconds: audio that passes the encoder at once, where pieces are equally long.
+        batch_seconds: audio in the encoder at once, all passes together; a longer piece is alone.
 
     Raises:
         CelError: one of them is out of range.

@@ -2,7 +2,8 @@
 
 import os
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import TypeAlias
 
@@ -11,13 +12,15 @@ import torch
 import torch.distributed as dist
 from numpy.typing import NDArray
 
-from cel_dist.data.audio import AUDIO_SUFFIXES
+from cel_dist.data.audio import AUDIO_SUFFIXES, header_seconds
 from cel_dist.data.files import atomic_write
 from cel_dist.distributed import World
 from cel_dist.errors import CelError, RunError
-from cel_dist.evaluation.batches import PieceBatches
+from cel_dist.evaluation.batches import PieceBatches, Room
 from cel_dist.evaluation.cutting import WHOLE, Cutting
+from cel_dist.evaluation.side_by_side import SideBySide
 from cel_dist.evaluation.trials import Trials
+from cel_dist.features import SAMPLE_RATE
 from cel_dist.model import SpeakerModel, mean_embedding
 from cel_dist.utterance import Excerpt, name_of
 
@@ -27,6 +30,7 @@ Progress: TypeAlias = Callable[[int, int], None]
 # Utterances of a group, and groups of a list at least, so that ranks finish together.
 _GROUP_FILES = 32
 _MIN_GROUPS = 64
+_HEADERS_AT_ONCE = 8
 
 
 def embed_files(
@@ -41,8 +45,9 @@ def embed_files(
     """Unit embeddings of `files`, the same on every rank and the same for every number of ranks.
 
     Every utterance is embedded by one rank. They are dealt out in groups that depend on the list alone, the longest
-    first, so that ranks finish together; pieces of a group that are equally long share a pass of the encoder. Memory
-    does not grow with the length of a file.
+    first, so that ranks finish together; pieces of a group that have equally many frames share a pass of the encoder.
+    Threads take the groups of a rank, as many as torch has here: one decodes while others encode. Memory does not grow
+    with the length of a file.
 
     With more than one rank the default process group must be running, and every rank must call this.
 
@@ -66,8 +71,9 @@ def embed_files(
     excerpts = [Excerpt(file) if isinstance(file, str) else file for file in files]
     with raised_together(world):
         sizes = file_sizes(root, [excerpt.path for excerpt in excerpts])
-    # Compressed bytes stand in for the length: reading every header would cost as much as it saves.
-    order = np.argsort(-sizes, kind="stable")
+    order = np.arange(len(excerpts))
+    if world.is_main:
+        order = np.argsort(-_lengths(root, excerpts, sizes), kind="stable")
     if world.size > 1:
         # Nodes may hold differently encoded copies; only one order must count.
         order = _from_main(order, model.device)
@@ -79,13 +85,19 @@ def embed_files(
     rows = np.zeros((len(_dealt(groups, 0, world.size)), *shape), np.float32)
     with raised_together(world):
         done = 0
-        for group in groups[world.rank :: world.size]:
-            embedded = _embed_group(model, [excerpts[index].below(root) for index in group], cutting)
-            for embedding in embedded:
-                rows[done] = embedding
-                done += 1
-                if progress:
-                    progress(done, len(mine))
+        room = Room(cutting.batch_seconds)
+
+        def embedded(group: NDArray[np.int64]) -> list[NDArray[np.float32]]:
+            return _embed_group(model, [excerpts[index].below(root) for index in group], cutting, room)
+
+        share = groups[world.rank :: world.size]
+        with closing(SideBySide.plan(model.device, len(share)).map(embedded, share)) as found:
+            for group in found:
+                for embedding in group:
+                    rows[done] = embedding
+                    done += 1
+                    if progress:
+                        progress(done, len(mine))
     dealt = rows[None] if world.size == 1 else _from_all(rows, world, model.device)
     embeddings = np.empty((len(excerpts), *shape), np.float32)
     for rank in range(world.size):
@@ -214,6 +226,22 @@ def file_sizes(root: str | os.PathLike[str], files: Sequence[str]) -> NDArray[np
     return sizes
 
 
+def _lengths(
+    root: str | os.PathLike[str], excerpts: Sequence[Excerpt], sizes: NDArray[np.int64]
+) -> NDArray[np.float64]:
+    """What orders utterances by their length, float64 [N]: the bytes of files, as far as they are as long as they are
+    large, else those that they would have as WAV. Only utterances that are neighbours in it can share a pass."""
+    lengths = sizes.astype(np.float64)
+    packed = [place for place, excerpt in enumerate(excerpts) if Path(excerpt.path).suffix.lower() != ".wav"]
+    # On a remote file system a header takes as long as it takes to ask for it.
+    with ThreadPoolExecutor(_HEADERS_AT_ONCE) as pool:
+        found = pool.map(lambda place: header_seconds(Path(root, excerpts[place].path)), packed)
+        for place, seconds in zip(packed, found, strict=True):
+            if seconds is not None:
+                lengths[place] = 2 * SAMPLE_RATE * seconds
+    return lengths
+
+
 def _groups(order: NDArray[np.int64]) -> list[NDArray[np.int64]]:
     """Utterances that may share passes of the encoder: some of about the same size, of a long list only.
 
@@ -228,14 +256,15 @@ def _dealt(groups: list[NDArray[np.int64]], rank: int, num_ranks: int) -> NDArra
     return np.concatenate(share) if share else np.zeros(0, np.int64)
 
 
-def _embed_group(model: SpeakerModel, excerpts: list[Excerpt], cutting: Cutting) -> Iterator[NDArray[np.float32]]:
-    batches = PieceBatches(model, cutting.batch_seconds)
+def _embed_group(
+    model: SpeakerModel, excerpts: list[Excerpt], cutting: Cutting, room: Room
+) -> list[NDArray[np.float32]]:
+    batches = PieceBatches(model, SideBySide.pass_seconds(model.device, cutting.batch_seconds), room)
     for number, excerpt in enumerate(excerpts):
         for piece in cutting.pieces(excerpt):
             batches.add(number, name_of(excerpt), piece)
     embedded = batches.take()
-    for number in range(len(excerpts)):
-        yield cutting.joined(embedded[number])
+    return [cutting.joined(embedded[number]) for number in range(len(excerpts))]
 
 
 def _audio_below(path: Path) -> list[str]:
