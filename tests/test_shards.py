@@ -2,6 +2,7 @@ import io
 import json
 import os
 import shutil
+import tarfile
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import pytest
 
 from cel_dist.data.audio import encode_audio, read_audio
 from cel_dist.data.check import check, check_shards
+from cel_dist.data.files import sha256_of
 from cel_dist.data.folder import ShardFolder
 from cel_dist.data.index import Index
 from cel_dist.data.shards import Manifest, Utterance, scan_shard, write_shard
@@ -326,3 +328,24 @@ def test_stored_audio_is_what_was_given(folder: Path) -> None:
     with open(folder / shards.manifest.shards[1].name, "rb") as file:
         data = os.pread(file.fileno(), shards.index.size[6], shards.index.offset[6])
     assert len(read_audio(data)) == shards.index.samples[6] == 1060
+
+
+def test_a_tar_has_the_bytes_that_tarfile_writes_and_the_rows_that_a_reader_finds(tmp_path: Path) -> None:
+    # More than is synchronised at once, and members that fill their blocks and that do not.
+    audio = [np.random.default_rng(n).bytes(size) for n, size in enumerate((512, 17 << 20, 700, 1))]
+    utterances = [Utterance(f"{n:09d}", data, n + 1, f"{n}.wav", f"s{n}") for n, data in enumerate(audio)]
+    record, rows = write_shard(tmp_path / "a.tar", utterances, "wav")
+    with tarfile.open(tmp_path / "b.tar", "w", format=tarfile.USTAR_FORMAT) as tar:
+        for utterance in utterances:
+            text = {"path": utterance.path, "seconds": utterance.samples / 16_000, "speaker": utterance.speaker}
+            for suffix, data in (("json", json.dumps(text).encode()), ("wav", utterance.audio)):
+                member = tarfile.TarInfo(f"{utterance.key}.{suffix}")
+                member.size = len(data)
+                tar.addfile(member, io.BytesIO(data))
+    assert (tmp_path / "a.tar").read_bytes() == (tmp_path / "b.tar").read_bytes()
+    assert record.sha256 == sha256_of(tmp_path / "b.tar")
+    assert record.bytes == (tmp_path / "b.tar").stat().st_size
+    found = scan_shard(tmp_path / "a.tar")
+    for column in ("offset", "size", "samples"):
+        np.testing.assert_array_equal(getattr(rows, column), getattr(found, column))
+    assert rows.speakers == found.speakers == ("s0", "s1", "s2", "s3")

@@ -5,32 +5,33 @@
     OUT/index.npz           where the audio of each sample lies: shard, offset, size, samples; and who speaks
     OUT/manifest.json       totals, and bytes and sha256 of every shard; written last
 
-The tars are plain ustar archives in the layout of webdataset, which reads them; they are written with the standard
-library, because importing webdataset imports torch, in every worker process of a preparation.
+The tars are plain ustar archives in the layout of webdataset, which reads them. It does not write them: importing
+webdataset imports torch, in every worker process of a preparation.
 
 The manifest is the authority. A cut tar reads as a short one without any error, so nothing here trusts a tar to say
 how much it holds.
 """
 
-import io
 import json
 import re
-import tarfile
+from collections import deque
 from collections.abc import Iterable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Annotated, Literal, NamedTuple
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, NonNegativeInt
 
-from cel_dist.data.archive import Entry, ShardFaultError, entries, opened_tar
+from cel_dist.data.archive import Entry, ShardFaultError, TarWriter, entries, opened_tar
 from cel_dist.data.audio import SAMPLE_RATE, AudioFormat
-from cel_dist.data.files import atomic_write, sha256_of
+from cel_dist.data.files import atomic_write
 from cel_dist.data.index import ShardRows
 from cel_dist.data.manifests import FolderManifest
 from cel_dist.errors import CelError
 
 MANIFEST_NAME = "manifest.json"
+_UTTERANCES_AHEAD = 8
 _SHARD_NAME = re.compile(r"^[^/.][^/]*\.tar(\.gz|\.bz2|\.xz)?$")
 
 
@@ -94,39 +95,46 @@ def write_shard(
 ) -> tuple[ShardRecord, ShardRows]:
     """Write one shard, which appears under its name only when it is complete and on disk.
 
-    The bytes depend on nothing but the utterances: times and owners are fixed.
+    The bytes depend on nothing but the utterances: times and owners are fixed. A thread writes, digests and lets the
+    disk begin, while the caller's one makes the next utterance.
 
     Args:
         path: the tar to write.
-        utterances: consumed one at a time, so memory holds one utterance, not a shard.
+        utterances: consumed one at a time, so memory holds a few utterances, not a shard.
         audio_format: suffix of the audio members.
     """
+    written: list[Entry] = []
     with atomic_write(path) as file:
-        with tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as tar:
-            for utterance in utterances:
-                description: dict[str, object] = {"path": utterance.path, "seconds": utterance.samples / SAMPLE_RATE}
-                if utterance.speaker is not None:
-                    description["speaker"] = utterance.speaker
-                _add(tar, f"{utterance.key}.json", json.dumps(description).encode())
-                _add(tar, f"{utterance.key}.{audio_format}", utterance.audio)
-        file.flush()
-        # Reading the file back, still in memory, keeps the one definition of an offset in `archive.members`.
-        rows = scan_shard(Path(file.name))
+        tar = TarWriter(file)
+        with ThreadPoolExecutor(1, "shard") as pool:
+            waiting: deque[Future[Entry]] = deque()
+            try:
+                for utterance in utterances:
+                    waiting.append(pool.submit(_add, tar, utterance, audio_format))
+                    if len(waiting) > _UTTERANCES_AHEAD:
+                        written.append(waiting.popleft().result())
+                written += [entry.result() for entry in waiting]
+            finally:
+                pool.shutdown(cancel_futures=True)
+        digest = tar.end()
+        rows = index_rows(written)
         record = ShardRecord(
             name=path.name,
             samples=len(rows.samples),
             bytes=file.tell(),
             seconds=int(rows.samples.sum()) / SAMPLE_RATE,
-            sha256=sha256_of(Path(file.name)),
+            sha256=digest,
         )
     return record, rows
 
 
-def _add(tar: tarfile.TarFile, name: str, data: bytes) -> None:
-    # What a fresh TarInfo leaves at its default, times and owners, is the same for everybody.
-    member = tarfile.TarInfo(name)
-    member.size = len(data)
-    tar.addfile(member, io.BytesIO(data))
+def _add(tar: TarWriter, utterance: Utterance, audio_format: AudioFormat) -> Entry:
+    description: dict[str, object] = {"path": utterance.path, "seconds": utterance.samples / SAMPLE_RATE}
+    if utterance.speaker is not None:
+        description["speaker"] = utterance.speaker
+    tar.add(f"{utterance.key}.json", json.dumps(description).encode())
+    audio = tar.add(f"{utterance.key}.{audio_format}", utterance.audio)
+    return Entry(utterance.key, audio_format, audio, utterance.samples, utterance.speaker)
 
 
 def scan_shard(path: Path) -> ShardRows:
