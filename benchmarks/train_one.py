@@ -174,6 +174,8 @@ _TIMED = ("read", "augment", "features", "encoder forward", "loss forward", "che
 def _parts(seconds: dict[str, float]) -> dict[str, float]:
     """Seconds of each part of a step, and the step."""
     found = {name: seconds[name] for name in _TIMED}
+    # The collective, and what the host does when it hears of it.
+    found["check"] += seconds["agree"]
     found["backward"] = seconds["forward and backward"] - seconds["encoder forward"] - seconds["loss forward"]
     return {**found, "step": seconds["step"]}
 
