@@ -123,7 +123,7 @@ def _engine(step: Step) -> list[Sent]:
         cut = sum(2 * math.ceil(group / (2 * ranks)) for group in groups)
         return [
             Sent("gradients", "all-reduce", 1, FLOAT * sum(tensors)),
-            Sent("gradient norm", "all-reduce", 3, 3 * FLOAT),
+            Sent("gradient norm", "all-reduce", 1, FLOAT),
             Sent("parameters", "all-gather", len(groups), FLOAT * cut),
         ]
     parts = [math.ceil(count / ranks) for count in tensors]

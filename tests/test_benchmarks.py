@@ -6,7 +6,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+import soundfile
 
 PROJECT = Path(__file__).resolve().parent.parent
 SOURCES = ("shards, local", "shards, cached", "shards, HTTP, cache empty", "per item, files")
@@ -112,14 +114,38 @@ def test_the_table_of_the_metrics_is_written_again_without_measuring(tmp_path: P
 
 
 def test_the_tables_of_training_are_written_again_without_measuring(tmp_path: Path) -> None:
-    for name, script in (("train-cpu-fp32", "train"), ("train-cpu-bf16", "train"), ("start", "start")):
+    for name, script in (
+        ("train-cpu-fp32", "train"),
+        ("train-cpu-bf16", "train"),
+        ("train_eer-bf16", "train_eer"),
+        ("start", "start"),
+    ):
         stored = PROJECT / f"benchmarks/results/{name}.json"
         shutil.copy(stored, tmp_path)
         command = [sys.executable, PROJECT / f"benchmarks/{script}.py", "--table", "--results", tmp_path]
+        if script == "train_eer":
+            command += ["--precision", "bf16"]
         done = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
         assert (tmp_path / f"{name}.md").read_text() == stored.with_suffix(".md").read_text()
         assert json.loads((tmp_path / f"{name}.json").read_text()) == json.loads(stored.read_text())
+
+
+def test_the_jobs_of_the_evaluation_benchmark_run(tmp_path: Path) -> None:
+    tree = tmp_path / "tree"
+    tree.mkdir()
+    for number in range(3):
+        noise = np.random.default_rng(number).integers(-3000, 3000, 16_000 + number, dtype=np.int16)
+        soundfile.write(tree / f"{number}.wav", noise, 16_000)
+    for job in (
+        {"job": "embed", "way": "encoder alone", "tree": str(tree)},
+        {"job": "prepare", "way": "to flac", "tree": str(tree), "out": str(tmp_path / "shards")},
+    ):
+        command = [sys.executable, PROJECT / "benchmarks/evaluation_one.py", json.dumps(job)]
+        done = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        assert json.loads(done.stdout.splitlines()[-1])["seconds"] > 0
+    assert (tmp_path / "shards/manifest.json").is_file()
 
 
 def test_the_published_step_computes_what_this_project_computes() -> None:

@@ -296,8 +296,9 @@ def test_a_run_goes_on_with_other_ranks_and_stages(finished, tmp_path):
     assert run_world(4, train_job, finished, four, folder=tmp_path / "4")[0]["steps"] == 4
     before, after = losses(former), losses(tmp_path / "run")
     assert set(after) == {3, 4}
-    # The same batch and parameters; sums in another order, of which Adam's first steps make more.
-    assert after[3] == pytest.approx(before[3], rel=1e-4)
+    # The same batch and parameters; sums in another order, of which Adam's first steps make more. A gradient norm of 40
+    # is that of a steep place: rounding moves it more than the losses. Seen: 9e-4 with AVX-512.
+    assert after[3] == pytest.approx(before[3], rel=2e-3)
     assert after[4] == pytest.approx(before[4], rel=5e-2)
     checkpoints = tmp_path / "run" / "checkpoints"
     assert [read_checkpoint(path).num_ranks for path in complete_checkpoints(checkpoints)] == [2, 2, 4]

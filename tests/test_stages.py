@@ -145,7 +145,8 @@ def test_stage_0_is_one_process_with_the_whole_batch(ranks) -> None:
     assert plain["losses"][0] - plain["losses"][-1] > 4, "there is nothing to compare where nothing is learned"
     for rank in ranks:
         found = rank["stage 0"]
-        assert largest_difference(found["losses"], plain["losses"]) < 3e-6
+        # Of losses around 2, whose last digit is 2e-7. Seen after 50 steps: 2e-6 with AVX2, 7e-6 with AVX-512.
+        assert largest_difference(found["losses"], plain["losses"]) < 1e-5
         # w goes from 10 to 10.05, and its last digit is 1e-6.
         assert largest_difference(found["scales"], plain["scales"]) < 3e-6
         assert found["norms"] == pytest.approx(plain["norms"], rel=2e-6)
