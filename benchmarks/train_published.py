@@ -51,7 +51,8 @@ def published(config_file: Path, steps: int) -> dict[str, Any]:
     """Seconds of whole steps, by the settings that `benchmarks/train.py` or `benchmarks/train_eer.py` wrote.
 
     Settings: `tree` or a list of `files`, `pieces`, `segment_samples`, `batch_size`, `workers`, `threads`; where they
-    are given, `seed`, `snr_db` by kind of noise, and a file `weights` for what the encoder has learned in the end.
+    are given, `seed`, `snr_db` by kind of noise, `warmup_steps` of linear warm-up, and a file `weights` for what the
+    encoder has learned in the end.
     """
     import yaml
 
@@ -74,6 +75,7 @@ def published(config_file: Path, steps: int) -> dict[str, Any]:
     )
     encoder, loss = PlainFastResNet34().to(device), PlainLoss().to(device)
     optimizer = torch.optim.Adam([*encoder.parameters(), *loss.parameters()], lr=1e-3)
+    warmup = settings.get("warmup_steps", 0)
     seconds: list[float] = []
     waited: list[float] = []
     begin = time.perf_counter()
@@ -81,6 +83,8 @@ def published(config_file: Path, steps: int) -> dict[str, Any]:
         for features in loader:
             come = time.perf_counter()
             value = loss(torch.stack([encoder(view.to(device)) for view in features.unbind(dim=1)], dim=1))
+            for group in optimizer.param_groups:
+                group["lr"] = 1e-3 * min(1.0, (len(seconds) + 1) / (warmup or 1))
             optimizer.zero_grad()
             value.backward()
             optimizer.step()

@@ -394,9 +394,10 @@ with LaunchProcess(None) as process:
 SLOW = """
 import signal
 from cel_dist.launcher.ranks import end_with_launcher
-end_with_launcher()
 signal.signal(signal.SIGTERM, signal.SIG_IGN)
+# Before there is a second thread, which would have it open, and end the process where this one does not wait yet.
 signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})
+end_with_launcher()
 print("up", flush=True)
 while signal.sigwait({signal.SIGUSR1}):
     print("asked", flush=True)
@@ -422,8 +423,9 @@ def test_what_does_not_end_when_asked_ends_at_the_second_signal(name, signals, o
     (rank,) = psutil.Process(process.pid).children()[0].children()
     for number in signals:
         os.killpg(process.pid, number)
-        while number == signal.SIGUSR1 and name == "cel_dist.train" and process.stderr.readline() != "asked\n":
-            pass
+        if number == signal.SIGUSR1 and name == "cel_dist.train":
+            # Behind what the launcher says of the signal.
+            assert "asked\n" in iter(process.stderr.readline, "")
     # Less than what ends that are asked for may take.
     said, _ = process.communicate(timeout=20)
     assert said == outcome
