@@ -76,13 +76,21 @@ class Page:
     async def click(self, selector: str) -> None:
         """Press the mouse on an element, when it is there and can be pressed."""
         element = f"document.querySelector({json.dumps(selector)})"
-        await self.until(f"{element} && !{element}.disabled")
-        x, y = await self.value(
-            f"(() => {{ {element}.scrollIntoView({{block: 'center'}}); const box = {element}.getBoundingClientRect();"
-            "return [box.x + box.width / 2, box.y + box.height / 2]; })()"
-        )
-        for kind in ("mousePressed", "mouseReleased"):
-            await self.send("Input.dispatchMouseEvent", type=kind, x=x, y=y, button="left", clickCount=1)
+        await self.value("window.pressed = false")
+        for _ in range(20):
+            await self.until(f"{element} && !{element}.disabled")
+            x, y = await self.value(
+                f"(() => {{ const element = {element}; element.scrollIntoView({{block: 'center'}});"
+                "element.addEventListener('click', () => { window.pressed = true; }, { capture: true, once: true });"
+                "const box = element.getBoundingClientRect();"
+                "return [box.x + box.width / 2, box.y + box.height / 2]; })()"
+            )
+            for kind in ("mousePressed", "mouseReleased"):
+                await self.send("Input.dispatchMouseEvent", type=kind, x=x, y=y, button="left", clickCount=1)
+            if await self.value("window.pressed"):
+                return
+            # It moved, as after a change of the window's width, between the look and the press.
+        raise AssertionError(f"{selector} cannot be pressed")
 
     async def type(self, selector: str, text: str) -> None:
         """Write into an empty field."""
