@@ -3,14 +3,16 @@ formulas of `benchmarks/scaling_words.py` say.
 
 The tolerances are some three to five times what was seen (torch 2.13.0, DeepSpeed 0.19.8, x86_64). Between the
 stages that was nothing, because a sum over two ranks has only one order. One process with all rows sums them in another
-order, which came to 6e-7 of losses that go from 2.5 to -1.9. Rate and encoder are such that fifty steps do not amplify
-it: with two blocks instead of one it grew to 3e-3.
+order, which came to 8e-7 of losses that go from 2.5 to -1.9. Rate and encoder are such that fifty steps do not amplify
+it: with two blocks instead of one it grew to 3e-3, and with ReLU it depends on the processor whether a value lies on
+one side of its kink or on the other.
 """
 
 import sys
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -41,7 +43,7 @@ RUNS = {
 
 
 class SmallResNet(nn.Module):
-    """The parts of the real encoder, with one block."""
+    """The parts of the real encoder, with one block, and smooth."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -52,7 +54,8 @@ class SmallResNet(nn.Module):
         self.projection = nn.Linear(16, DIM)
 
     def forward(self, features: Tensor) -> Tensor:
-        maps = self.block(self.stem_norm(torch.relu(self.stem(features[:, None]))))
+        with patch.object(torch, "relu", nn.functional.silu):
+            maps = self.block(self.stem_norm(torch.relu(self.stem(features[:, None]))))
         return self.projection(self.pooling(maps.mean(dim=2).transpose(1, 2)))
 
 
@@ -145,12 +148,10 @@ def test_stage_0_is_one_process_with_the_whole_batch(ranks) -> None:
     assert plain["losses"][0] - plain["losses"][-1] > 4, "there is nothing to compare where nothing is learned"
     for rank in ranks:
         found = rank["stage 0"]
-        # Of losses around 2, whose last digit is 2e-7. Seen after 50 steps: 2e-6 with AVX2, 7e-6 with AVX-512.
-        assert largest_difference(found["losses"], plain["losses"]) < 1e-5
+        assert largest_difference(found["losses"], plain["losses"]) < 3e-6
         # w goes from 10 to 10.05, and its last digit is 1e-6.
         assert largest_difference(found["scales"], plain["scales"]) < 3e-6
-        # Steep places make more of what was rounded otherwise. Seen: 1e-6 with AVX2, 1.3e-4 with AVX-512.
-        assert found["norms"] == pytest.approx(plain["norms"], rel=5e-4)
+        assert found["norms"] == pytest.approx(plain["norms"], rel=2e-6)
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
