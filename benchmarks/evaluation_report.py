@@ -2,7 +2,7 @@
 
 import json
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,11 +42,9 @@ def _embedding(report: Mapping[str, Any]) -> list[str]:
         "| files | way | embeddings/s | hours of audio a second | peak MiB | share of the ceiling |",
         "| --- | --- | ---: | ---: | ---: | ---: |",
     ]
-    for name, ways in report["embedding"].items():
-        for way, turns in ways.items():
-            told = _ratio(ways["encoder alone"], turns)
-            peak = max(turn["peak_bytes"] for turn in turns) / 2**20
-            lines.append(f"| {name.upper()} | {way} | {_rates(report, turns)} | {peak:.0f} | {told} |")
+    for name, way, turns, share in _rows(report["embedding"], "encoder alone"):
+        peak = max(turn["peak_bytes"] for turn in turns) / 2**20
+        lines.append(f"| {name} | {way} | {_rates(report, turns)} | {peak:.0f} | {share} |")
     hours = VOXCELEB1_HOURS
     rate = report["conditions"]["audio_seconds"] / _median(report["embedding"]["wav"]["ours"])
     return [
@@ -66,10 +64,8 @@ def _preparation(report: Mapping[str, Any]) -> list[str]:
         "| files | way | utterances/s | hours of audio a second | share of decoding alone |",
         "| --- | --- | ---: | ---: | ---: |",
     ]
-    for name, ways in report["preparation"].items():
-        for way, turns in ways.items():
-            told = _ratio(ways["decoding alone"], turns)
-            lines.append(f"| {name.upper()} | {way.replace('to ', 'shards of ')} | {_rates(report, turns)} | {told} |")
+    for name, way, turns, share in _rows(report["preparation"], "decoding alone"):
+        lines.append(f"| {name} | {way.replace('to ', 'shards of ')} | {_rates(report, turns)} | {share} |")
     return [*lines, ""]
 
 
@@ -82,6 +78,13 @@ def _scoring(report: Mapping[str, Any]) -> list[str]:
         "| --- | ---: |",
     ]
     return [*lines, *(f"| {name} | {statistics.median(turns):.2f} |" for name, turns in report["scoring"].items())]
+
+
+def _rows(files: Mapping[str, Mapping[str, Any]], ceiling: str) -> Iterator[tuple[str, str, Sequence[Any], str]]:
+    """Of each way with each kind of files: the kind, the way, its turns, and their share of the ceiling."""
+    for name, ways in files.items():
+        for way, turns in ways.items():
+            yield name.upper(), way, turns, _ratio(ways[ceiling], turns)
 
 
 def _rates(report: Mapping[str, Any], turns: Sequence[Mapping[str, Any]]) -> str:

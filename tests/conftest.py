@@ -30,6 +30,7 @@ LONGEST = (
     "test_tracking_server",
     "test_serving",
     "test_launcher",
+    "test_launch_tree",
     "test_watchdog",
     "test_resuming",
     "test_service",

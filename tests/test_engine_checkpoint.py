@@ -1,5 +1,6 @@
 """What an engine saves, put into engines of other numbers of ranks and other stages."""
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -120,6 +121,37 @@ def test_another_world_goes_on_with_the_same_parameters_and_optimizer(written, n
             for name, tensor in state_after[0].items():
                 # A moment that was lost or laid elsewhere moves parameters by as much as a step, 1e-3.
                 assert after[0][name] == pytest.approx(tensor, abs=5e-6, rel=1e-5), f"{case}: {name}"
+
+
+def read_and_refuse(folder):
+    """The state read under stage 0, the state after a step that was refused, and after one that was not."""
+    from cel_dist.process_group import start_process_group, stop_process_group
+
+    start_process_group(World.from_environment())
+    engine = new_engine(0, seed=1)
+    engine.load(folder)
+    seen = [state_of(engine)]
+    for refused in (1.0, 0.0):
+        engine.forward_backward(features()[STEPS][:12][World.from_environment().rows(12)])
+        engine.step(RATE, torch.tensor(refused))
+        seen.append(state_of(engine))
+    stop_process_group()
+    return seen
+
+
+def test_a_checkpoint_of_an_optimizer_that_was_not_fused_goes_on_fused(written, tmp_path):
+    folder, before = written
+    shutil.copytree(folder / "0" / FOLDER, tmp_path / FOLDER)
+    file = tmp_path / FOLDER / "mp_rank_00_model_states.pt"
+    states = torch.load(file, weights_only=False)
+    for group in states["optimizer"]["param_groups"]:
+        group.update(fused=None, foreach=True)
+    torch.save(states, file)
+    for read, refused, taken in run_world(2, read_and_refuse, tmp_path, folder=tmp_path / "world"):
+        for found, expected in ((read, before[0][0]), (refused, before[0][0]), (taken, before[0][2])):
+            assert found[1] == expected[1]
+            for name, tensor in expected[0].items():
+                assert (found[0][name] == tensor).all(), name
 
 
 @pytest.mark.parametrize("stage", STAGES)

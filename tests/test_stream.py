@@ -9,7 +9,7 @@ import psutil
 import pytest
 import soundfile
 import torch
-from readers import readers_of
+from processes import readers_of
 
 from cel_dist.data.folder import Access, ShardFolder
 from cel_dist.data.plan import Plan

@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 import psutil
-from readers import readers_of
+from processes import readers_of
 from stores import nginx
 from streaming_job import lines
 

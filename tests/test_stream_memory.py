@@ -4,7 +4,7 @@ import time
 from pathlib import Path
 
 import pytest
-from readers import readers_of
+from processes import readers_of
 from test_stream import BATCH, SEGMENT, plan_of
 
 from cel_dist.data.folder import Access, ShardFolder

@@ -62,7 +62,7 @@ class TarWriter:
         if self._offset - self._synced >= _SYNC_BYTES:
             # The disk works while more is made, and the end need not wait for all of it.
             self._file.flush()
-            os.fdatasync(self._file.fileno())
+            os.fsync(self._file.fileno())
             self._synced = self._offset
         return member
 
