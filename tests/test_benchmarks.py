@@ -119,6 +119,7 @@ def test_the_tables_of_training_are_written_again_without_measuring(tmp_path: Pa
         ("train-cpu-bf16", "train"),
         ("train_eer-bf16", "train_eer"),
         ("start", "start"),
+        ("evaluation", "evaluation"),
     ):
         stored = PROJECT / f"benchmarks/results/{name}.json"
         shutil.copy(stored, tmp_path)
