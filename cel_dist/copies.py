@@ -29,6 +29,11 @@ class Arrival:
             self._event = torch.cuda.Event()  # type: ignore[no-untyped-call]
             self._event.record()
 
+    @property
+    def is_there(self) -> bool:
+        """Whether nobody would have to wait for it."""
+        return self._event is None or bool(self._event.query())
+
     def wait(self) -> Tensor:
         """The tensor, as soon as it is there."""
         if self._event is not None:

@@ -4,6 +4,7 @@ import contextlib
 import gzip
 import json
 import os
+import time
 from datetime import datetime
 
 import pytest
@@ -40,6 +41,7 @@ def add_steps(interval: Interval, steps: range) -> None:
             norm,
             utterances=8,
             waited=0.0,
+            ended=time.perf_counter(),
             faults=step % 2,
             false_negatives=step / 7 if step else None,
         )

@@ -52,6 +52,11 @@ class Agreement:
         self.refused = (~sums[:2].isfinite().all() | (sums[3] > 0)).float()
         self._sums, self._num_ranks = Arrival(sums), num_ranks
 
+    @property
+    def is_there(self) -> bool:
+        """Whether the host would not wait for it, because the device is done with the step."""
+        return self._sums.is_there
+
     def read(self) -> Agreed:
         """The same on the host, which waits for it."""
         loss, norm, *counts = self._sums.wait().tolist()

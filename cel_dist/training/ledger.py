@@ -1,5 +1,6 @@
 """What the host knows of the steps that it gave to the device: it follows them a step behind."""
 
+import time
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -61,6 +62,7 @@ class Ledger:
         self._config, self._world, self._state = config, world, state
         self._checkpoints, self._records = checkpoints, records
         self._open: LaunchedStep | None = None
+        self._ended: float | None = None
         self.interval = Interval()
         self.is_stopping = False
 
@@ -71,8 +73,10 @@ class Ledger:
 
     def enter(self, launched: LaunchedStep) -> None:
         """Take note of a step, and hear of the one before. Raises as `settle`."""
+        # What is over before it is heard of, as all steps on a CPU, must not pass its time on to the next one.
+        ended = time.perf_counter() if launched.agreement.is_there else None
         self.settle()
-        self._open = launched
+        self._open, self._ended = launched, ended
 
     def settle(self) -> None:
         """Wait for what became of the last step.
@@ -86,13 +90,14 @@ class Ledger:
             return
         batch = launched.batch
         agreed = launched.agreement.read()
+        ended = time.perf_counter() if self._ended is None else self._ended
         self.is_stopping = self.is_stopping or agreed.num_stopping > 0
         if agreed.num_failed:
             with raised_together(self._world):
                 if launched.failure is not None:
                     raise launched.failure
         if not agreed.is_finite:
-            self._skip(launched, agreed)
+            self._skip(launched, agreed, ended)
             return
         self._state.skipped_in_a_row = 0
         self.interval.add(
@@ -100,6 +105,7 @@ class Ledger:
             launched.gradient_norm,
             utterances=self._config.train.batch_size,
             waited=batch.waited,
+            ended=ended,
             faults=agreed.num_faults,
             false_negatives=batch.false_negatives,
         )
@@ -109,13 +115,13 @@ class Ledger:
         interval, self.interval = self.interval, Interval()
         return interval
 
-    def _skip(self, launched: LaunchedStep, agreed: Agreed) -> None:
+    def _skip(self, launched: LaunchedStep, agreed: Agreed, ended: float) -> None:
         """Enter a batch whose loss or gradient is not finite, so that it changed nothing.
 
         Raises:
             RunError: too many of them in a row.
         """
-        self.interval.add_skipped(waited=launched.batch.waited, faults=agreed.num_faults)
+        self.interval.add_skipped(waited=launched.batch.waited, ended=ended, faults=agreed.num_faults)
         reason = launched.problem() or f"loss {agreed.loss}, gradient norm {agreed.gradient_norm}"
         described = describe_batch(launched.batch, self._world)
         self._state.skipped += 1

@@ -21,8 +21,9 @@ def settle(config: Config, world: World) -> None:
     """
     torch.set_num_threads(num_threads(config, world))
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:
-        mallopt(_M_MMAP_THRESHOLD, 2**30)
+    # Older versions refuse more than half of a heap of theirs. Where both are refused, the second setting alone would
+    # make it worse: it ends the growth of the threshold by itself.
+    if mallopt is not None and (mallopt(_M_MMAP_THRESHOLD, 2**30) or mallopt(_M_MMAP_THRESHOLD, 2**25)):
         mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
 
 

@@ -60,6 +60,7 @@ class Interval:
         *,
         utterances: int,
         waited: float,
+        ended: float,
         faults: int = 0,
         false_negatives: float | None = None,
     ) -> None:
@@ -70,6 +71,7 @@ class Interval:
             gradient_norm: scalar.
             utterances: number of them in the global batch.
             waited: seconds spent waiting for data.
+            ended: when the step was over, by `time.perf_counter`.
             faults: utterances of the global batch that could not be read.
             false_negatives: their true rate, if it is known.
         """
@@ -79,12 +81,13 @@ class Interval:
         self._utterances += utterances
         self._waited += waited
         self._faults += faults
-        now = time.perf_counter()
-        self._step_seconds.append(now - self._step_begin)
-        self._step_begin = now
+        self._step_seconds.append(ended - self._step_begin)
+        self._step_begin = ended
 
-    def add_skipped(self, *, waited: float, faults: int) -> None:
-        """Count a step that updated nothing: what it waited for data, in seconds, and what could not be read."""
+    def add_skipped(self, *, waited: float, ended: float, faults: int) -> None:
+        """Count a step that updated nothing: what it waited for data, in seconds, when it was over, and what could not be
+        read. Its time is that of no step."""
+        self._step_begin = ended
         self._waited += waited
         self._faults += faults
 
