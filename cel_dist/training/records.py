@@ -85,8 +85,8 @@ class Interval:
         self._step_begin = ended
 
     def add_skipped(self, *, waited: float, ended: float, faults: int) -> None:
-        """Count a step that updated nothing: what it waited for data, in seconds, when it was over, and what could not be
-        read. Its time is that of no step."""
+        """Count a step that updated nothing: what it waited for data, in seconds, when it was over, and what could not
+        be read. Its time is that of no step."""
         self._step_begin = ended
         self._waited += waited
         self._faults += faults
