@@ -32,7 +32,7 @@ class Arrival:
     @property
     def is_there(self) -> bool:
         """Whether nobody would have to wait for it."""
-        return self._event is None or self._event.query()  # type: ignore[no-untyped-call, no-any-return]
+        return self._event is None or self._event.query()  # type: ignore[no-untyped-call]
 
     def wait(self) -> Tensor:
         """The tensor, as soon as it is there."""
