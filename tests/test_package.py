@@ -21,7 +21,7 @@ IMPORTED_ONLY_BY = {
     "optuna": ("sweep/",),
     "psutil": ("launcher/ranks.py", "losses/exchange.py"),
     "webdataset": ("data/stream.py",),
-    "torchaudio": ("features.py", "data/speed.py"),
+    "torchaudio": ("features.py", "data/speed.py", "corpus/catalogue.py"),
     "soundfile": ("data/audio.py", "corpus/"),
     "soxr": ("data/audio.py", "corpus/"),
     "fsspec": ("data/remote.py",),

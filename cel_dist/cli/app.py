@@ -20,7 +20,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-corpus_app = typer.Typer(help="Make a corpus to work on.", rich_markup_mode=None)
+corpus_app = typer.Typer(help="Make, download and divide corpora.", rich_markup_mode=None)
 app.add_typer(corpus_app, name="corpus")
 models_app = typer.Typer(help="Models in the MLflow registry.", rich_markup_mode=None)
 app.add_typer(models_app, name="models")
@@ -44,6 +44,9 @@ _COMMAND_MODULES = (
     "serve",
 )
 
+# What a shell says of a program that SIGINT ended: 128 + 2.
+_EXIT_INTERRUPTED = 130
+
 
 def emit(result: dict[str, Any], text: str, *, as_json: bool) -> None:
     """Print the outcome of a command on stdout: `result` as one JSON object, or `text` for people."""
@@ -58,18 +61,26 @@ def run(arguments: list[str]) -> int:
         importlib.import_module(f"cel_dist.cli.{name}")
     try:
         outcome = app(args=arguments or ["--help"], prog_name="cel", standalone_mode=False)
-        # The code of `typer.Exit` is returned, not raised, when typer does not run stand-alone.
+        # The code of `typer.Exit` is returned, not raised, when typer does not run stand-alone. Ctrl-C is one, too.
+        if outcome == _EXIT_INTERRUPTED:
+            return _interrupted()
         return outcome if isinstance(outcome, int) else 0
     except (CelError, RunError) as error:
         return _fail(str(error), exit_code(error))
     except TyperException as error:
         return _fail(f"{error.format_message()}; see 'cel --help' and 'cel COMMAND --help'", 2)
     except (KeyboardInterrupt, typer.Abort):
-        return _fail("interrupted", 130)
+        return _interrupted()
     except BrokenPipeError:
         # The reader went away (`cel ... | head`): nothing is left to say, and nobody to say it to.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+
+
+def _interrupted() -> int:
+    # Transfers that were under way are given up with the process, which asyncio would remark on, task by task.
+    logging.getLogger("asyncio").setLevel(logging.CRITICAL)
+    return _fail("interrupted", _EXIT_INTERRUPTED)
 
 
 def _fail(message: str, code: int) -> int:

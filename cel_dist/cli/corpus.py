@@ -1,5 +1,6 @@
 """`cel corpus`: corpora to work on."""
 
+import shlex
 from pathlib import Path
 from typing import Annotated
 
@@ -7,6 +8,7 @@ import typer
 
 from cel_dist.cli.app import JsonOption, corpus_app, emit
 from cel_dist.cli.progress import progress_bar
+from cel_dist.errors import CelError
 
 
 @corpus_app.command("synth", epilog="Example: cel corpus synth --out corpus --speakers 100 --utterances 20 --seed 0")
@@ -41,3 +43,85 @@ def synth(
         f"next: cel prepare {result.root} --list {result.train_list} --out {result.out.parent / 'shards'}",
         as_json=as_json,
     )
+
+
+@corpus_app.command(
+    "download",
+    epilog="Examples: cel corpus download --list; cel corpus download librispeech:train-clean-100 --out corpora; "
+    "cel corpus download librispeech:dev-clean --out corpora --mirror https://us.openslr.org/resources/12",
+)
+def download(
+    name: Annotated[
+        str | None, typer.Argument(metavar="[NAME]", help="A corpus, or a part of one; see --list.")
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder to write into; several corpora may share it. An interrupted download goes on where it stopped."
+        ),
+    ] = None,
+    show_list: Annotated[bool, typer.Option("--list", help="Print the names, sizes and what to do next.")] = False,
+    mirror: Annotated[
+        str | None,
+        typer.Option(
+            metavar="URL",
+            help="Folder that has the archive under its published name: a mirror, a proxy, or "
+            "file:///PATH for what was copied by hand. The checksum must be the published one all the same.",
+        ),
+    ] = None,
+    verify: Annotated[
+        bool, typer.Option("--verify/--no-verify", help="Compare the archive with the checksum that torchaudio has.")
+    ] = True,
+    as_json: JsonOption = False,
+) -> None:
+    """Download a public corpus that needs no account, check it, and unpack it.
+
+    The archive is removed when it is unpacked; for that time, both take space.
+    """
+    from cel_dist.corpus.catalogue import CORPORA, find_corpus
+
+    if show_list or name is None:
+        rows = [
+            {
+                "name": corpus.name,
+                "megabytes": corpus.megabytes,
+                "title": corpus.title,
+                "page": corpus.page,
+                "next": corpus.next_command.format(out="DIR"),
+            }
+            for corpus in CORPORA.values()
+        ]
+        text = [
+            f"{row['name']:<28}{_size(int(str(row['megabytes']))):>8}  {row['title']}\n{'':38}next: {row['next']}"
+            for row in rows
+        ]
+        text.append("next: cel corpus download NAME --out DIR")
+        emit({"corpora": rows}, "\n".join(text), as_json=as_json)
+        return
+    corpus = find_corpus(name)
+    if out is None:
+        raise CelError(
+            f"there is nowhere to write to; give --out FOLDER, with about {_size(2 * corpus.megabytes)} free"
+        )
+    from cel_dist.corpus.download import download_corpus
+
+    with progress_bar("downloading (MB)") as progress:
+        result = download_corpus(corpus, out, mirror=mirror, verify=verify, progress=progress)
+    following = corpus.next_command.format(out=shlex.quote(str(out)))
+    what = ", ".join(map(str, result.files)) or f"{result.path}: {result.utterances} utterances"
+    emit(
+        {
+            "name": corpus.name,
+            "path": str(result.path),
+            "files": [str(path) for path in result.files],
+            "utterances": result.utterances,
+            "reused": result.reused,
+            "next": following,
+        },
+        f"{'already there' if result.reused else 'downloaded'}: {what}\nterms of use: {corpus.page}\nnext: {following}",
+        as_json=as_json,
+    )
+
+
+def _size(megabytes: int) -> str:
+    return f"{megabytes / 1000:.3g} GB" if megabytes >= 1000 else f"{megabytes} MB"

@@ -14,6 +14,7 @@ _SMALLEST_CHUNK_BYTES = 1 << 16
 _CONCURRENT = 8
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.25, 20.0
 _STALL_SECONDS = 30.0
+_NOT_FOUND = 404
 _RANGE_NOT_SATISFIABLE = 416
 # Too slow, too early, too often: of the answers that blame the one who asks, these may be another one the next time.
 _TRANSIENT = (408, 425, 429)
@@ -52,6 +53,41 @@ class RemoteFolder:
             RemoteError: it is not there, may not be read, or did not come.
         """
         return self._persist(name, lambda: bytes(self._connected().cat_file(f"{self.url}/{name}")), Patience(self))
+
+    def size(self, name: str, patience_seconds: float | None = None) -> int:
+        """The length in bytes that the store says a file has.
+
+        Args:
+            name: of the file in the folder.
+            patience_seconds: how long to try, if not as long as for a transfer.
+
+        Raises:
+            RemoteError: it is not there, may not be read, the store does not say, or did not answer.
+        """
+
+        def ask() -> int | None:
+            url = f"{self.url}/{name}"
+            try:
+                size: int | None = self._connected().info(url)["size"]
+            except FileNotFoundError as error:
+                # Of HTTP, fsspec says this of every failure; what it was is the cause.
+                if error.__cause__ is None or getattr(error.__cause__, "status", None) == _NOT_FOUND:
+                    raise
+                raise error.__cause__ from None
+            if size and size > 1 and self.url.startswith("http"):
+                # A server without ranges answers with the whole file, which `cat_ranges` would read into memory.
+                with self._connected().open(url, "rb", block_size=1, cache_type="none", size=size) as file:
+                    file.seek(1)
+                    try:
+                        file.read(1)
+                    except ValueError:
+                        self._has_ranges = False
+            return size
+
+        size = self._persist(name, ask, Patience(self, patience_seconds))
+        if size is None:
+            raise RemoteError(f"{self.url} does not say how long {name} is")
+        return size
 
     def fetch(self, name: str, size: int, file: IO[bytes]) -> None:
         """Append to `file` what it lacks of the `size` bytes of a file of the store.
@@ -162,8 +198,8 @@ class RemoteFolder:
 class Patience:
     """Time that is left for a transfer; it is full again whenever it has come further than ever."""
 
-    def __init__(self, folder: RemoteFolder) -> None:
-        self.seconds = folder.patience_seconds
+    def __init__(self, folder: RemoteFolder, seconds: float | None = None) -> None:
+        self.seconds = folder.patience_seconds if seconds is None else seconds
         self.renewed = time.monotonic()
         self.chunk_bytes = _CHUNK_BYTES
         self._furthest = 0
