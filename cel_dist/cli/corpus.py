@@ -123,5 +123,86 @@ def download(
     )
 
 
+SeedOption = Annotated[int, typer.Option(min=0, help="The same files and seed give the same lists.")]
+LabelsOption = Annotated[
+    Path | None,
+    typer.Option(help="Lines 'path speaker', paths relative to ROOT; default: ROOT/SPEAKER/[SESSION/]... names them."),
+]
+RootArgument = Annotated[Path, typer.Argument(metavar="ROOT", help="Folder of recordings, SPEAKER/... below it.")]
+
+
+@corpus_app.command("split", epilog="Example: cel corpus split recordings --out lists")
+def split(
+    root: RootArgument,
+    out: Annotated[Path, typer.Option(help="Folder for train.txt, validation_trials.txt and test_trials.txt.")],
+    seed: SeedOption = 0,
+    labels: LabelsOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Divide own recordings by speakers: a list to train on, and trials of speakers who are not in it.
+
+    Of the speakers with two recordings or more, 8 % are for validation, which chooses the model, and 16 % for the test,
+    which reports on it; at least two each.
+    """
+    from cel_dist.corpus.split import split_by_speaker
+
+    made = split_by_speaker(root, out, seed, labels)
+    counts = {path: _lines(path) for path in (made.train_list, made.validation_trials, made.test_trials)}
+    place, lists = shlex.quote(str(root)), [shlex.quote(str(path)) for path in counts]
+    following = [
+        f"cel prepare {place} --list {lists[0]} --out shards",
+        f"cel train CONFIG data.shards=shards eval.trials={lists[1]} eval.root={place}",
+        f"cel evaluate --model RUN --trials {lists[2]} --root {place}",
+    ]
+    text = [f"{path}: {count} {'files' if path == made.train_list else 'trials'}" for path, count in counts.items()]
+    emit(
+        {
+            "train_list": str(made.train_list),
+            "validation_trials": str(made.validation_trials),
+            "test_trials": str(made.test_trials),
+            "train_files": counts[made.train_list],
+            "num_validation_trials": counts[made.validation_trials],
+            "num_test_trials": counts[made.test_trials],
+            "next": following,
+        },
+        "\n".join([*text, *(f"next: {line}" for line in following)]),
+        as_json=as_json,
+    )
+
+
+@corpus_app.command("trials", epilog="Example: cel corpus trials LibriSpeech/test-clean --out trials.txt --seed 1")
+def trials(
+    root: RootArgument,
+    out: Annotated[Path, typer.Option(help="File to write: a line 'label enrol test' for each trial.")],
+    targets: Annotated[
+        int | None, typer.Option(min=1, help="Trials of one speaker.", show_default="all there are, up to 2000")
+    ] = None,
+    nontargets: Annotated[
+        int | None, typer.Option(min=1, help="Trials of two speakers.", show_default="all there are, up to 2000")
+    ] = None,
+    seed: SeedOption = 0,
+    labels: LabelsOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Draw verification trials from all recordings of a folder: none of them should be in the training data.
+
+    The two recordings of a target trial are of different sessions if every speaker has two of them.
+    """
+    from cel_dist.corpus.split import trials_of_tree
+
+    drawn = trials_of_tree(root, out, num_target=targets, num_nontarget=nontargets, seed=seed, labels=labels)
+    following = f"cel evaluate --model MODEL --trials {shlex.quote(str(out))} --root {shlex.quote(str(root))}"
+    emit(
+        {"trials": str(out), "targets": drawn[1], "nontargets": drawn[0], "next": following},
+        f"{out}: {drawn[1]} target and {drawn[0]} non-target trials\nnext: {following}",
+        as_json=as_json,
+    )
+
+
+def _lines(path: Path) -> int:
+    with open(path, "rb") as file:
+        return sum(1 for _ in file)
+
+
 def _size(megabytes: int) -> str:
     return f"{megabytes / 1000:.3g} GB" if megabytes >= 1000 else f"{megabytes} MB"
