@@ -57,6 +57,17 @@ def test_a_split_has_disjoint_speakers_and_says_what_comes_next(recordings, caps
     assert Path("lists/test_trials.txt").read_bytes() != first
 
 
+def test_all_speakers_can_be_held_out_where_something_else_is_trained_on(recordings, capsys) -> None:
+    made = told(capsys, "corpus", "split", recordings, "--out", "lists", "--no-training")
+    held_out = [Trials.read(Path(made[name])) for name in ("validation_trials", "test_trials")]
+    speakers = [speakers_of(list(trials.files)) for trials in held_out]
+    assert [len(found) for found in speakers] == [4, 4]
+    assert len(set.union(*speakers)) == 8
+    assert "train_list" not in made
+    assert not Path("lists/train.txt").exists()
+    assert made["next"][0].startswith("cel train CONFIG data.shards=SHARDS ")
+
+
 def test_labels_take_the_place_of_folders(recordings, capsys) -> None:
     files = sorted(path.relative_to(recordings).as_posix() for path in recordings.rglob("*.wav"))
     # Two folders are one speaker each time, so that there are four of them.

@@ -2,7 +2,7 @@
 
 import shlex
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -131,10 +131,20 @@ LabelsOption = Annotated[
 RootArgument = Annotated[Path, typer.Argument(metavar="ROOT", help="Folder of recordings, SPEAKER/... below it.")]
 
 
-@corpus_app.command("split", epilog="Example: cel corpus split recordings --out lists")
+@corpus_app.command(
+    "split",
+    epilog="Examples: cel corpus split recordings --out lists; cel corpus split labelled --out lists --no-training",
+)
 def split(
     root: RootArgument,
     out: Annotated[Path, typer.Option(help="Folder for train.txt, validation_trials.txt and test_trials.txt.")],
+    training: Annotated[
+        bool,
+        typer.Option(
+            "--training/--no-training",
+            help="Without: all speakers are held out, half for validation and half for the test.",
+        ),
+    ] = True,
     seed: SeedOption = 0,
     labels: LabelsOption = None,
     as_json: JsonOption = False,
@@ -144,30 +154,27 @@ def split(
     Of the speakers with two recordings or more, 8 % are for validation, which chooses the model, and 16 % for the test,
     which reports on it; at least two each.
     """
-    from cel_dist.corpus.split import split_by_speaker
+    from cel_dist.corpus.split import Split, hold_out_all, split_by_speaker
 
-    made = split_by_speaker(root, out, seed, labels)
-    counts = {path: _lines(path) for path in (made.train_list, made.validation_trials, made.test_trials)}
-    place, lists = shlex.quote(str(root)), [shlex.quote(str(path)) for path in counts]
-    following = [
-        f"cel prepare {place} --list {lists[0]} --out shards",
-        f"cel train CONFIG data.shards=shards eval.trials={lists[1]} eval.root={place}",
-        f"cel evaluate --model RUN --trials {lists[2]} --root {place}",
+    made = (split_by_speaker if training else hold_out_all)(root, out, seed, labels)
+    place, shards = shlex.quote(str(root)), "SHARDS"
+    summary: dict[str, Any] = {}
+    text, following = [], []
+    if isinstance(made, Split):
+        summary = {"train_list": str(made.train_list), "train_files": _lines(made.train_list)}
+        text.append(f"{made.train_list}: {summary['train_files']} files")
+        shards = "shards"
+        following.append(f"cel prepare {place} --list {shlex.quote(str(made.train_list))} --out {shards}")
+    for name, path in (("validation_trials", made.validation_trials), ("test_trials", made.test_trials)):
+        summary |= {name: str(path), f"num_{name}": _lines(path)}
+        text.append(f"{path}: {_lines(path)} trials")
+    validation, test = (shlex.quote(str(path)) for path in (made.validation_trials, made.test_trials))
+    following += [
+        f"cel train CONFIG data.shards={shards} eval.trials={validation} eval.root={place}",
+        f"cel evaluate --model RUN --trials {test} --root {place}",
     ]
-    text = [f"{path}: {count} {'files' if path == made.train_list else 'trials'}" for path, count in counts.items()]
-    emit(
-        {
-            "train_list": str(made.train_list),
-            "validation_trials": str(made.validation_trials),
-            "test_trials": str(made.test_trials),
-            "train_files": counts[made.train_list],
-            "num_validation_trials": counts[made.validation_trials],
-            "num_test_trials": counts[made.test_trials],
-            "next": following,
-        },
-        "\n".join([*text, *(f"next: {line}" for line in following)]),
-        as_json=as_json,
-    )
+    lines = "\n".join([*text, *(f"next: {line}" for line in following)])
+    emit({**summary, "next": following}, lines, as_json=as_json)
 
 
 @corpus_app.command("trials", epilog="Example: cel corpus trials LibriSpeech/test-clean --out trials.txt --seed 1")

@@ -3,7 +3,7 @@
 import logging
 import posixpath
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -39,6 +39,15 @@ class Split:
     test_trials: Path
 
 
+@dataclass(frozen=True)
+class HeldOut:
+    """Trials of speakers none of whom is trained on; paths in them are relative to `root`."""
+
+    root: Path
+    validation_trials: Path
+    test_trials: Path
+
+
 def split_by_speaker(root: Path, out: Path, seed: int = 0, labels: Path | None = None) -> Split:
     """Divide a tree by speakers into a training list without labels and two lists of trials over held-out speakers.
 
@@ -60,6 +69,48 @@ def split_by_speaker(root: Path, out: Path, seed: int = 0, labels: Path | None =
     """
     require_folder_or_nothing(out)
     utterances = labelled_utterances(root, labels)
+    by_speaker, order = _shuffled_speakers(root, utterances, seed, labels)
+    num_validation = max(MIN_HELD_OUT, round(VALIDATION_SHARE * len(order)))
+    num_test = max(MIN_HELD_OUT, round(TEST_SHARE * len(order)))
+    excluded = set(order[: num_validation + num_test])
+    kept = [utterance.path for utterance in utterances if utterance.speaker not in excluded]
+    if not kept:
+        raise CelError(f"{root} leaves no speaker to train on beside {len(excluded)} held-out ones; add speakers")
+    split = Split(root, out / "train.txt", out / "validation_trials.txt", out / "test_trials.txt")
+    parts = {split.validation_trials: order[:num_validation], split.test_trials: order[num_validation:][:num_test]}
+    drawn = _drawn(parts, by_speaker, seed)
+    with writing_into(out):
+        out.mkdir(parents=True, exist_ok=True)
+        for path, trials in drawn.items():
+            write_trials(path, trials)
+        with atomic_write(split.train_list) as file:
+            file.write("".join(path + "\n" for path in kept).encode())
+    return split
+
+
+def hold_out_all(root: Path, out: Path, seed: int = 0, labels: Path | None = None) -> HeldOut:
+    """Divide the speakers of a tree, all of whom are held out because something else is trained on, into those of
+    `validation_trials.txt` and those of `test_trials.txt`, half each; arguments and errors as `split_by_speaker`."""
+    require_folder_or_nothing(out)
+    by_speaker, order = _shuffled_speakers(root, labelled_utterances(root, labels), seed, labels)
+    half = len(order) // 2
+    made = HeldOut(root, out / "validation_trials.txt", out / "test_trials.txt")
+    drawn = _drawn({made.validation_trials: order[:half], made.test_trials: order[half:]}, by_speaker, seed)
+    with writing_into(out):
+        out.mkdir(parents=True, exist_ok=True)
+        for path, trials in drawn.items():
+            write_trials(path, trials)
+    return made
+
+
+def _shuffled_speakers(
+    root: Path, utterances: Sequence[Utterance], seed: int, labels: Path | None
+) -> tuple[dict[str, list[Utterance]], list[str]]:
+    """What each speaker said, and in random order the speakers who said two things or more.
+
+    Raises:
+        CelError: there are too few.
+    """
     by_speaker: dict[str, list[Utterance]] = defaultdict(list)
     for utterance in utterances:
         if utterance.speaker:
@@ -71,26 +122,16 @@ def split_by_speaker(root: Path, out: Path, seed: int = 0, labels: Path | None =
             f"{root} holds {len(by_speaker)} speakers, {len(testable)} of them with two recordings or more; {lay_out}, "
             f"with at least {MIN_SPEAKERS} speakers"
         )
-    order = np.random.default_rng(seed).permutation(testable).tolist()
-    num_validation = max(MIN_HELD_OUT, round(VALIDATION_SHARE * len(testable)))
-    num_test = max(MIN_HELD_OUT, round(TEST_SHARE * len(testable)))
-    held_out = {"validation": order[:num_validation], "test": order[num_validation : num_validation + num_test]}
-    excluded = {speaker for speakers in held_out.values() for speaker in speakers}
-    kept = [utterance.path for utterance in utterances if utterance.speaker not in excluded]
-    if not kept:
-        raise CelError(f"{root} leaves no speaker to train on beside {len(excluded)} held-out ones; add speakers")
-    split = Split(root, out / "train.txt", out / "validation_trials.txt", out / "test_trials.txt")
-    drawn = {
-        path: _draw([utterance for speaker in held_out[name] for utterance in by_speaker[speaker]], seed)
-        for name, path in (("validation", split.validation_trials), ("test", split.test_trials))
+    return by_speaker, np.random.default_rng(seed).permutation(testable).tolist()
+
+
+def _drawn(
+    parts: Mapping[Path, Sequence[str]], by_speaker: Mapping[str, list[Utterance]], seed: int
+) -> dict[Path, list[Trial]]:
+    return {
+        path: _draw([utterance for speaker in speakers for utterance in by_speaker[speaker]], seed)
+        for path, speakers in parts.items()
     }
-    with writing_into(out):
-        out.mkdir(parents=True, exist_ok=True)
-        for path, trials in drawn.items():
-            write_trials(path, trials)
-        with atomic_write(split.train_list) as file:
-            file.write("".join(path + "\n" for path in kept).encode())
-    return split
 
 
 def trials_of_tree(
