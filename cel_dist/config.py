@@ -4,11 +4,15 @@ A YAML file holds what differs from the defaults (`config_file`). The sections w
 `config_sections`; combinations that cannot work are refused here.
 """
 
+import difflib
 import math
 
 from pydantic import model_validator
 
+from cel_dist import plugins
 from cel_dist.config_sections import (
+    CLASSIFIERS,
+    SIMILARITIES,
     AugmentSection,
     CheckpointSection,
     DataSection,
@@ -56,6 +60,7 @@ class Config(Section):
     @model_validator(mode="after")
     def check_combinations(self) -> "Config":
         """Refuse what cannot work together, naming the field to change."""
+        self._find_plugins()
         if self.augment.profile > 0 and self.data.bank is None:
             raise ValueError(
                 f"augment.profile={self.augment.profile} needs data.bank; write one with 'cel prepare SRC --bank --out "
@@ -76,6 +81,13 @@ class Config(Section):
             raise ValueError("eval.metadata describes the utterances of eval.trials; set that, too, or leave both out")
         self._check_labels()
         return self
+
+    def _find_plugins(self) -> None:
+        plugins.load_plugins(self.run.plugins)
+        losses = [*dict.fromkeys([*SIMILARITIES, *CLASSIFIERS, *plugins.SIMILARITIES.names()])]
+        _require_known("loss.similarity", self.loss.similarity, losses)
+        for name in self.augment.extra:
+            _require_known("augment.extra", name, plugins.AUGMENTATIONS.names())
 
     def _check_labels(self) -> None:
         similarity, labels, head = self.loss.similarity, self.labels, self.head
@@ -178,3 +190,10 @@ class Config(Section):
     def read_samples(self) -> int:
         """Samples of a segment as it is read: so many that T are left at the highest of `augment.speeds`."""
         return -(-self.segment_samples * max(round(100 * speed) for speed in self.augment.speeds) // 100)
+
+
+def _require_known(path: str, name: str, known: list[str]) -> None:
+    if name not in known:
+        nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.0)
+        known_ones = f"did you mean '{nearest[0]}'? Known: {', '.join(known)}" if nearest else "none is known"
+        raise ValueError(f"'{path}': there is nothing called '{name}'; {known_ones}, and run.plugins may name more")

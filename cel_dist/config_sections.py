@@ -41,6 +41,11 @@ Range = tuple[Decibels, Decibels]
 Speed = Annotated[Real, Field(ge=0.5, le=2)]
 
 
+ENCODERS = (*("ecapa_tdnn_1024", "ecapa_tdnn_512", "fast_resnet34", "resnet34", "tdnn", "vggvox"),)
+SIMILARITIES = ("angular_prototypical", "angular_contrastive", "prototypical", "ge2e")
+CLASSIFIERS = ("softmax", "cosface", "arcface", "adacos")
+
+
 class Section(BaseModel):
     """A part of the configuration. Unknown keys are errors, numbers are finite, values do not change after loading."""
 
@@ -56,6 +61,9 @@ class RunSection(Section):
     """Folder of the run: configuration, metrics, checkpoints, best model and report. One folder, one run."""
     name: str | None = None
     """Name of the run in MLflow. Default: the name of its folder."""
+    plugins: tuple[Annotated[str, Field(pattern=r"^[A-Za-z_]\w*(\.[A-Za-z_]\w*)*$")], ...] = ()
+    """Python modules that register encoders, augmentations or similarity losses, as `my_package.my_module`: installed,
+    or files in the working folder. Packages with entry points need not be named."""
 
 
 class DataSection(Section):
@@ -119,6 +127,9 @@ class AugmentSection(Section):
     """SpecAugment: ranges of mel bands of every segment's features that are set to 0; 0 is off."""
     freq_mask_bands: Positive = 10
     """Most mel bands of such a range; the number is drawn from 0 on."""
+    extra: dict[str, dict[str, Any] | None] = {}
+    """Augmentations of plug-ins, by their registered names, each with its own settings; they follow speed, room and
+    noise, in this order."""
 
 
 class FeaturesSection(Section):
@@ -131,8 +142,10 @@ class FeaturesSection(Section):
 class EncoderSection(Section):
     """The network from features to an embedding."""
 
-    name: str = "fast_resnet34"
-    """Registered name of the encoder."""
+    name: Annotated[str, Field(json_schema_extra={"anyOf": [{"enum": [*ENCODERS]}, {"type": "string"}]})] = (
+        "fast_resnet34"
+    )
+    """Registered name of the encoder; `cel encoders` lists them, those of plug-ins among them."""
     embedding_dim: Annotated[Whole, Field(gt=0, le=65_536)] = 512
     """Size D of the embedding."""
     pooling: Literal["default", "tap", "sap", "stats", "asp"] = "default"
@@ -185,18 +198,12 @@ class HeadSection(Section):
 class LossSection(Section):
     """The equilibrium of a similarity loss and the uniformity loss."""
 
-    similarity: Literal[
-        "angular_prototypical",
-        "angular_contrastive",
-        "prototypical",
-        "ge2e",
-        "softmax",
-        "cosface",
-        "arcface",
-        "adacos",
+    similarity: Annotated[
+        str, Field(json_schema_extra={"anyOf": [{"enum": [*SIMILARITIES, *CLASSIFIERS]}, {"type": "string"}]})
     ] = "angular_prototypical"
-    """The loss that pulls the views of an utterance together, or with `labels.use` the utterances of a speaker. The
-    last four classify speakers, and need labels."""
+    """The loss that pulls the views of an utterance together, or with `labels.use` the utterances of a speaker:
+    `angular_prototypical`, `angular_contrastive`, `prototypical`, `ge2e`, or one of a plug-in. `softmax`, `cosface`,
+    `arcface` and `adacos` classify speakers, and need labels."""
     pairs: Literal["pon", "apn", "an"] = "pon"
     """The pairs whose distance uniformity maximises: within a view, all, or all but the positives."""
     t: Annotated[Real, Field(gt=0)] = 2.0

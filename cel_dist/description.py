@@ -7,7 +7,15 @@ from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    model_serializer,
+    model_validator,
+)
 
 from cel_dist.back_end import ScoreNorm, Scoring
 from cel_dist.errors import CelError
@@ -31,6 +39,17 @@ class EncoderDescription(_Part):
     name: str
     embedding_dim: int = Field(gt=0)
     pooling: Literal["default", "tap", "sap", "stats", "asp"] = "default"
+    module: str | None = None
+    """The plug-in that registers the encoder, which has to be installed where the model is loaded, or to lie in the
+    working folder. None: it ships with this package."""
+
+    @model_serializer(mode="wrap")
+    def _without_what_is_not_there(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        # Former versions read the models of encoders that they know, and refuse a key that they do not.
+        tree: dict[str, Any] = handler(self)
+        if self.module is None:
+            del tree["module"]
+        return tree
 
 
 class FeatureDescription(_Part):

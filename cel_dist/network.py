@@ -4,7 +4,7 @@ from torch import nn
 
 from cel_dist.config import Config
 from cel_dist.description import EncoderDescription, FeatureDescription, ModelDescription, Provenance
-from cel_dist.encoders import build_encoder, find_encoder
+from cel_dist.encoders import build_encoder, find_encoder, plugin_of
 from cel_dist.errors import CelError
 from cel_dist.features import LogMel
 
@@ -19,7 +19,12 @@ def describe(config: Config, training: Provenance | None = None) -> ModelDescrip
     """
     chosen = config.encoder
     return ModelDescription(
-        encoder=EncoderDescription(name=chosen.name, embedding_dim=chosen.embedding_dim, pooling=chosen.pooling),
+        encoder=EncoderDescription(
+            name=chosen.name,
+            embedding_dim=chosen.embedding_dim,
+            pooling=chosen.pooling,
+            module=plugin_of(chosen.name),
+        ),
         features=FeatureDescription(num_mels=config.features.num_mels),
         training=training or Provenance(),
     )
@@ -29,11 +34,15 @@ def new_network(description: ModelDescription) -> nn.Module:
     """The encoder that is described, with freshly drawn weights: features [B, M, F] to embeddings [B, D].
 
     Raises:
-        CelError: the encoder is unknown.
+        CelError: the encoder is unknown, or the plug-in that it comes from cannot be imported.
     """
     encoder = description.encoder
     return build_encoder(
-        encoder.name, encoder.embedding_dim, pooling=encoder.pooling, num_mels=description.features.num_mels
+        encoder.name,
+        encoder.embedding_dim,
+        pooling=encoder.pooling,
+        num_mels=description.features.num_mels,
+        module=encoder.module,
     )
 
 
@@ -72,4 +81,4 @@ def require_same_network(found: ModelDescription, wanted: ModelDescription, sour
 
 
 def _pooling(encoder: EncoderDescription) -> str:
-    return find_encoder(encoder.name).pooling if encoder.pooling == "default" else encoder.pooling
+    return find_encoder(encoder.name, encoder.module).pooling if encoder.pooling == "default" else encoder.pooling

@@ -44,7 +44,8 @@ IMPORTED_ONLY_BY = {
 # Room -> the rooms of cel_dist that it may import, besides itself.
 MAY_KNOW = {
     "errors": set(),
-    "config": {"errors", "config_sections"},
+    "plugins": {"errors"},
+    "config": {"errors", "config_sections", "plugins"},
     "config_sections": set(),
     "distributed": {"errors"},
     "imports": set(),
@@ -54,8 +55,8 @@ MAY_KNOW = {
     "metrics": {"errors"},
     "back_end": {"errors"},
     "config_file": {"errors", "config"},
-    "encoders": {"errors"},
-    "losses": {"errors", "distributed"},
+    "encoders": {"errors", "plugins"},
+    "losses": {"errors", "distributed", "plugins"},
     "published": {"errors", "encoders"},
     "watch": {"errors", "distributed"},
     "ray_cluster": {"errors", "data"},

@@ -14,10 +14,13 @@ class Purpose(IntEnum):
     AUGMENTATION = 3
     SPEED = 11
     MASKS = 12
+    PLUGIN = 13
 
 
-def generator(seed: int, purpose: Purpose, epoch: int, step: int = 0) -> np.random.Generator:
+def generator(seed: int, purpose: Purpose, epoch: int, step: int = 0, stream: int = 0) -> np.random.Generator:
     """A counter-based generator (Philox; Salmon et al. 2011) placed at (seed, purpose, epoch, step).
+
+    Streams of different numbers, below 2^64, share nothing either.
 
     >>> a, b = generator(1, Purpose.ORDER, epoch=2), generator(1, Purpose.ORDER, epoch=2)
     >>> bool(a.random() == b.random() != generator(1, Purpose.ORDER, epoch=3).random())
@@ -25,4 +28,4 @@ def generator(seed: int, purpose: Purpose, epoch: int, step: int = 0) -> np.rand
     """
     # Philox counts in the lowest word, so the higher words keep 2^64 draws of two places apart.
     counter = np.array([0, purpose, epoch, step], dtype=np.uint64)
-    return np.random.Generator(np.random.Philox(key=np.array([seed, 0], dtype=np.uint64), counter=counter))
+    return np.random.Generator(np.random.Philox(key=np.array([seed, stream], dtype=np.uint64), counter=counter))

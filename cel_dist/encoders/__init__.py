@@ -8,7 +8,7 @@ from cel_dist.encoders.pooling import (
     StatisticsPooling,
     TemporalAveragePooling,
 )
-from cel_dist.encoders.registry import build_encoder, encoder_names, find_encoder, register_encoder
+from cel_dist.encoders.registry import build_encoder, encoder_names, find_encoder, plugin_of, register_encoder
 from cel_dist.encoders.resnet34 import ResNet34
 from cel_dist.encoders.tdnn import Tdnn
 from cel_dist.encoders.vggvox import VggVox
@@ -28,5 +28,6 @@ __all__ = [
     "build_encoder",
     "encoder_names",
     "find_encoder",
+    "plugin_of",
     "register_encoder",
 ]

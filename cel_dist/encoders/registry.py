@@ -1,6 +1,5 @@
 """Encoders by name, so that a configuration and a saved model can say which network they mean."""
 
-import difflib
 from collections.abc import Callable
 from typing import NamedTuple, Protocol, TypeVar
 
@@ -8,6 +7,7 @@ from torch import nn
 
 from cel_dist.encoders.pooling import POOLINGS
 from cel_dist.errors import CelError
+from cel_dist.plugins import Registry, load_plugins
 
 
 class EncoderFactory(Protocol):
@@ -36,7 +36,7 @@ class RegisteredEncoder(NamedTuple):
 
 
 _Factory = TypeVar("_Factory", bound=EncoderFactory)
-_ENCODERS: dict[str, RegisteredEncoder] = {}
+_ENCODERS: Registry[RegisteredEncoder] = Registry("encoder", "cel_dist.encoders")
 
 
 def register_encoder(name: str, *, source: str, pooling: str, min_rows: int = 1) -> Callable[[_Factory], _Factory]:
@@ -53,35 +53,43 @@ def register_encoder(name: str, *, source: str, pooling: str, min_rows: int = 1)
     """
 
     def register(factory: _Factory) -> _Factory:
-        if name in _ENCODERS:
-            raise ValueError(f"two encoders are called '{name}'")
         if pooling not in POOLINGS:
             raise ValueError(f"encoder '{name}': there is no pooling '{pooling}'")
-        _ENCODERS[name] = RegisteredEncoder(name, source, pooling, factory, min_rows)
+        _ENCODERS.add(name, RegisteredEncoder(name, source, pooling, factory, min_rows))
         return factory
 
     return register
 
 
 def encoder_names() -> list[str]:
-    """Names that `build_encoder` knows, sorted."""
-    return sorted(_ENCODERS)
+    """Names that `build_encoder` knows, those of installed plug-ins among them, sorted."""
+    return _ENCODERS.names()
 
 
-def find_encoder(name: str) -> RegisteredEncoder:
+def find_encoder(name: str, module: str | None = None) -> RegisteredEncoder:
     """What is known of an encoder.
 
+    Args:
+        name: registered name.
+        module: the plug-in that registers it, as a saved model says; imported where the name is not known without.
+
     Raises:
-        CelError: no encoder has this name; the nearest one is named.
+        CelError: no encoder has this name (the nearest one is named), or its plug-in cannot be imported.
     """
-    if name not in _ENCODERS:
-        valid = encoder_names()
-        nearest = difflib.get_close_matches(name, valid, n=1, cutoff=0.0)[0]
-        raise CelError(f"unknown encoder '{name}'; did you mean '{nearest}'? Known encoders: {', '.join(valid)}")
-    return _ENCODERS[name]
+    if module is not None and _ENCODERS.find(name) is None:
+        load_plugins([module], f"which the model needs for its encoder '{name}'")
+    return _ENCODERS.get(name)
 
 
-def build_encoder(name: str, embedding_dim: int = 512, *, pooling: str | None = None, num_mels: int = 40) -> nn.Module:
+def plugin_of(name: str) -> str | None:
+    """The module that registers an encoder; None for those of this package. Raises as `find_encoder`."""
+    module: str = find_encoder(name).factory.__module__
+    return None if module.partition(".")[0] == "cel_dist" else module
+
+
+def build_encoder(
+    name: str, embedding_dim: int = 512, *, pooling: str | None = None, num_mels: int = 40, module: str | None = None
+) -> nn.Module:
     """A freshly initialised encoder: features [B, num_mels, F] to embeddings [B, embedding_dim], not normalised.
 
     Args:
@@ -89,12 +97,13 @@ def build_encoder(name: str, embedding_dim: int = 512, *, pooling: str | None = 
         embedding_dim: size D of the embedding.
         pooling: `tap`, `sap`, `stats` or `asp`; None or `default` is that of the encoder's paper.
         num_mels: mel bands M of the features.
+        module: as in `find_encoder`.
 
     Raises:
         CelError: no encoder has this name (the nearest one is named), no pooling has that name, or a size is not
             positive.
     """
-    registered = find_encoder(name)
+    registered = find_encoder(name, module)
     if embedding_dim < 1:
         raise CelError(
             f"encoder '{name}' cannot have embeddings of size {embedding_dim}; give a positive embedding_dim"

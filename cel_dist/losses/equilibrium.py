@@ -10,7 +10,7 @@ from cel_dist.errors import CelError
 from cel_dist.losses.batch import Findings
 from cel_dist.losses.exchange import Exchange, ExchangeName
 from cel_dist.losses.precision import MatmulName, Products
-from cel_dist.losses.similarity import SIMILARITIES, SimilarityName
+from cel_dist.losses.similarity import find_similarity
 from cel_dist.losses.terms import Settings, global_terms
 from cel_dist.losses.uniformity import Pairs, check_pairs
 
@@ -39,7 +39,8 @@ class EquilibriumLoss(nn.Module):
     """Weighted sum of a similarity loss and the uniformity loss (Mun et al. 2020, arXiv 2010.11433).
 
     Args:
-        similarity: `angular_prototypical`, `angular_contrastive`, `prototypical` or `ge2e`.
+        similarity: `angular_prototypical`, `angular_contrastive`, `prototypical`, `ge2e`, or what
+            `register_similarity` made known.
         pairs: pairs of the uniformity loss, `pon`, `apn` or `an`.
         t: temperature of the uniformity loss, above 0.
         lambda_s: weight of the similarity loss. A term of weight 0 is reported but costs no backward pass.
@@ -72,7 +73,7 @@ class EquilibriumLoss(nn.Module):
 
     def __init__(
         self,
-        similarity: SimilarityName = "angular_prototypical",
+        similarity: str = "angular_prototypical",
         pairs: Pairs = "pon",
         t: float = 2.0,
         lambda_s: float = 1.0,
@@ -83,11 +84,9 @@ class EquilibriumLoss(nn.Module):
         skip_unusable: bool = False,
     ) -> None:
         super().__init__()
-        if similarity not in SIMILARITIES:
-            raise CelError(f"unknown similarity loss '{similarity}'; choose one of {', '.join(SIMILARITIES)}")
+        definition = find_similarity(similarity)
         check_pairs(pairs, t)
         check_weights(lambda_s, lambda_u)
-        definition = SIMILARITIES[similarity]
         self._settings = Settings(
             definition, pairs, t, lambda_s, lambda_u, Products(matmul), skip_unusable=skip_unusable
         )

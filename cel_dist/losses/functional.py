@@ -4,7 +4,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from cel_dist.losses.exchange import Exchange
-from cel_dist.losses.similarity import SIMILARITIES, SimilarityName
+from cel_dist.losses.similarity import SimilarityName, find_similarity
 from cel_dist.losses.terms import Settings, global_terms
 from cel_dist.losses.uniformity import Pairs, check_pairs
 
@@ -92,5 +92,5 @@ def ge2e(x: Tensor, w: Tensor, b: Tensor, group: dist.ProcessGroup | None = None
 def _similarity(
     name: SimilarityName, x: Tensor, w: Tensor | None, b: Tensor | None, group: dist.ProcessGroup | None
 ) -> Tensor:
-    settings = Settings(similarity=SIMILARITIES[name])
+    settings = Settings(similarity=find_similarity(name))
     return global_terms(x, w, b, None, Exchange(group, "gather"), settings).loss

@@ -21,6 +21,7 @@ from cel_dist.errors import CelError
 from cel_dist.losses.batch import GlobalBatch
 from cel_dist.losses.tiles import Comparison, Pull, Softmax, pulled
 from cel_dist.losses.uniformity import PUBLISHED_SHIFT, unit_view
+from cel_dist.plugins import SIMILARITIES as REGISTERED
 
 SimilarityName = Literal["angular_prototypical", "angular_contrastive", "prototypical", "ge2e"]
 
@@ -53,7 +54,9 @@ class Similarity(NamedTuple):
         if num_views < 2:
             raise CelError(f"an utterance has {num_views} view; this loss needs at least 2")
         if self.two_views and num_views != 2:
-            raise CelError(f"angular_contrastive compares two views, not {num_views}; use angular_prototypical or ge2e")
+            raise CelError(
+                f"this similarity loss compares two views, not {num_views}; use angular_prototypical or ge2e"
+            )
 
     def local(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Anchors, keys and positives of this rank's rows, with their graph."""
@@ -99,6 +102,38 @@ SIMILARITIES: dict[SimilarityName, Similarity] = {
     # As in the published code, cosines below 1e-6 are raised to it.
     "ge2e": Similarity(_all_views, _centroids, _cosines_with_centroid_of_the_others, floor=1e-6),
 }
+
+
+def register_similarity(name: str) -> Callable[[Callable[[], Similarity]], Callable[[], Similarity]]:
+    """Decorator of a function that returns a `Similarity`: makes it known as `name` to `loss.similarity`.
+
+    What it says of rows holds for those of all ranks: negatives, duplicates, gradients and the exchange are those of
+    the losses that ship with this package.
+
+    Raises:
+        ValueError: the name is taken.
+    """
+
+    def register(definition: Callable[[], Similarity]) -> Callable[[], Similarity]:
+        REGISTERED.add(name, definition())
+        return definition
+
+    return register
+
+
+def similarity_names() -> list[str]:
+    """Names that `find_similarity` knows, those of installed plug-ins among them."""
+    return REGISTERED.names()
+
+
+def find_similarity(name: str) -> Similarity:
+    """The similarity loss of a name. Raises CelError where there is none; the nearest one is named."""
+    found: Similarity = REGISTERED.get(name)
+    return found
+
+
+for _name, _similarity in SIMILARITIES.items():
+    REGISTERED.add(_name, _similarity)
 
 
 class SimilarityGradients(NamedTuple):

@@ -7,6 +7,7 @@ that goes on from a checkpoint of the other.
 
 import json
 import shutil
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -128,6 +129,9 @@ class Trial(tune.Trainable):  # type: ignore[misc]
             )
         self._folder.mkdir(parents=True, exist_ok=True)
         self._run_dir = run_dir = self._find_run()
+        # Of plug-ins that are files beside the configuration; an actor has a working folder of its own.
+        if self._job.working_folder not in sys.path:
+            sys.path.append(self._job.working_folder)
         config = sweep.of_trial(
             self._values, run_dir, f"{sweep.folder.name}-{self.trial_id}.{run_dir.name}", self._job.parent_run
         )

@@ -11,6 +11,7 @@ from cel_dist.config import Config
 from cel_dist.copies import to_device
 from cel_dist.data.augment import Augment
 from cel_dist.data.folder import ShardFolder
+from cel_dist.data.plugin_augment import PluginAugment
 from cel_dist.data.remote import is_remote
 from cel_dist.data.spec_augment import SpecAugment
 from cel_dist.data.speed import SpeedPerturbation
@@ -102,6 +103,7 @@ class Batches:
             )
         )
         self._augment = Augment(config.augment, checked.bank, config.train.seed)
+        self._extra = PluginAugment(config.augment.extra, config.train.seed).to(device)
         self._features = front_end(describe(config)).to(device)
         self._speed = SpeedPerturbation(config.augment.speeds, config.segment_samples, config.train.seed).to(device)
         self._masks = SpecAugment(config.augment, config.train.seed)
@@ -134,7 +136,7 @@ class Batches:
         size = self._plan.batch_size
         place: Any = {"epoch": batch.epoch, "step": batch.step, "rows": self._rows, "batch_size": size}
         with named("augment"):
-            waves = self._augment(self._speed(segments, **place), **place)
+            waves = self._extra(self._augment(self._speed(segments, **place), **place), **place)
         with named("features"):
             features: Tensor = self._features(waves.flatten(0, 1)).unflatten(0, waves.shape[:2])
             features = self._masks(features, **place)

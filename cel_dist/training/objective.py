@@ -1,7 +1,7 @@
 """Encoder and loss as one module, so that one engine owns all parameters and the loss sees them whole (ZeRO-3), as the
 configuration says, and the encoder that a run begins with."""
 
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from cel_dist.config import Config
 from cel_dist.encoders.batch_norm import with_global_batch_norm
 from cel_dist.losses import EquilibriumLoss, LossOutput
-from cel_dist.losses.similarity import SimilarityName
 from cel_dist.losses.supervised import AdaCos, ArcFace, ClassificationHead, CosFace, Softmax, SupervisedLoss
 from cel_dist.model import load_model, load_weights
 from cel_dist.network import describe, new_network, require_same_network
@@ -94,7 +93,7 @@ def new_objective(
         assert num_classes is not None
         loss = SupervisedLoss(_new_head(config, num_classes, group), **settings)
     else:
-        loss = EquilibriumLoss(cast(SimilarityName, config.loss.similarity), **settings)
+        loss = EquilibriumLoss(config.loss.similarity, **settings)
     if config.encoder.batch_norm == "global":
         encoder = with_global_batch_norm(encoder, group, on_gpu)
     return Objective(encoder, loss, config.encoder.views)

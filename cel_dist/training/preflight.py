@@ -10,6 +10,7 @@ from cel_dist.data.bank import Bank
 from cel_dist.data.folder import DEFAULT_CACHE, Access, ShardFolder
 from cel_dist.data.index import Index
 from cel_dist.data.plan import BatchPlan, Plan
+from cel_dist.data.plugin_augment import PluginAugment
 from cel_dist.data.speaker_plan import SpeakerPlan
 from cel_dist.distributed import World
 from cel_dist.encoders import find_encoder
@@ -77,6 +78,7 @@ def preflight(config: Config, num_ranks: int | None, resume: str) -> Checked:
     shards.files.require_room(plan.max_shards_at_once, plan.cache_remedy)
     bank = Bank.open(config.data.bank) if config.data.bank else None
     Augment(config.augment, bank, config.train.seed)
+    PluginAugment(config.augment.extra, config.train.seed)
     start = find_start(
         config,
         signature=signature(steps_per_epoch=plan.steps_per_epoch, class_names=names),

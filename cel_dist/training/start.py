@@ -228,7 +228,8 @@ def _changed_settings(former: Config, now: Config) -> dict[str, tuple[Any, Any]]
     before = dict(flat(former.model_dump(mode="json")))
     after = dict(flat(now.model_dump(mode="json")))
     return {
-        key: (before.get(key), value)
-        for key, value in after.items()
-        if before.get(key) != value and not any(key == free or key.startswith(f"{free}.") for free in _FREE)
+        key: (before.get(key), after.get(key))
+        # Of plug-ins a setting may be there in one of the two alone.
+        for key in dict.fromkeys([*after, *before])
+        if before.get(key) != after.get(key) and not any(key == free or key.startswith(f"{free}.") for free in _FREE)
     }
