@@ -38,7 +38,7 @@ IMPORTED_ONLY_BY = {
     "python_multipart": ("service/",),
     "typer": ("cli/",),
     "click": ("cli/",),
-    "rich": ("cli/", "sweep/table.py"),
+    "rich": ("cli/", "sweep/table.py", "training/display.py"),
 }
 
 # Room -> the rooms of cel_dist that it may import, besides itself.

@@ -22,6 +22,10 @@ app = typer.Typer(
 )
 corpus_app = typer.Typer(help="Make, download and divide corpora.", rich_markup_mode=None)
 app.add_typer(corpus_app, name="corpus")
+config_app = typer.Typer(
+    help="Configurations: what they come to, whether they work, where they differ.", rich_markup_mode=None
+)
+app.add_typer(config_app, name="config")
 models_app = typer.Typer(help="Models in the MLflow registry.", rich_markup_mode=None)
 app.add_typer(models_app, name="models")
 speakers_app = typer.Typer(help="People enrolled in a store.", rich_markup_mode=None)
@@ -32,6 +36,7 @@ JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object,
 # Each module adds its commands to `app` when it is imported.
 _COMMAND_MODULES = (
     "corpus",
+    "config",
     "data",
     "encoders",
     "train",

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from cel_dist.cli.app import JsonOption, app, emit
+from cel_dist.cli.completion import complete_recipes
 from cel_dist.cli.progress import progress_bar
 from cel_dist.cli.recipes import report, survey_of
 from cel_dist.errors import CelError
@@ -41,6 +42,7 @@ def prepare(
         str | None,
         typer.Option(
             metavar="NAME",
+            autocompletion=complete_recipes,
             help="SRC is this public corpus as it is distributed: voxceleb1, voxceleb2, librispeech, voices, musan or "
             "rirs_noises. Takes its training part, with speakers; the last two become banks.",
         ),

@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from cel_dist.cli.app import JsonOption, app, emit
+from cel_dist.cli.completion import complete_settings
 
 
 @app.command(
@@ -15,7 +16,12 @@ from cel_dist.cli.app import JsonOption, app, emit
 def sweep(
     config: Annotated[Path, typer.Argument(help="YAML file with a section sweep; see configs/sweep_cel.yaml.")],
     overrides: Annotated[
-        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Settings that replace those of the file.")
+        list[str] | None,
+        typer.Argument(
+            metavar="[KEY=VALUE]...",
+            help="Settings that replace those of the file.",
+            autocompletion=complete_settings,
+        ),
     ] = None,
     address: Annotated[
         str, typer.Option(help="Ray cluster: auto, HOST:PORT, or local for one of this machine alone.")

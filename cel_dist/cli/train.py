@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from cel_dist.cli.app import JsonOption, app, emit
+from cel_dist.cli.completion import complete_settings
 from cel_dist.errors import CelError
 
 
@@ -18,7 +19,12 @@ from cel_dist.errors import CelError
 def train(
     config: Annotated[Path, typer.Argument(help="YAML file; see configs/.")],
     overrides: Annotated[
-        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Settings that replace those of the file.")
+        list[str] | None,
+        typer.Argument(
+            metavar="[KEY=VALUE]...",
+            help="Settings that replace those of the file.",
+            autocompletion=complete_settings,
+        ),
     ] = None,
     nproc: Annotated[int | None, typer.Option(help="Processes on each node, through the deepspeed launcher.")] = None,
     hostfile: Annotated[Path | None, typer.Option(help="Nodes of the job, a line 'name slots=N' each.")] = None,

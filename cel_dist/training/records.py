@@ -27,6 +27,7 @@ from cel_dist.losses import LossOutput
 from cel_dist.tracking import Tracker
 from cel_dist.tracking.recorded import EVALUATIONS, METRICS, as_record, read_records
 from cel_dist.training.checkpoint import TrainState
+from cel_dist.training.display import Display
 from cel_dist.training.line_file import LineFile
 from cel_dist.training.pace import Pace, evaluation_line, interval_line
 
@@ -164,15 +165,18 @@ class Records:
         tracker: where MLflow's part goes.
         state: position that the run continues from; what was recorded behind it is dropped, because it will come again.
         total_steps: steps of the whole run; None if nobody knows.
+        display: shows loss and EER on a terminal.
 
     Raises:
         RunError: the files cannot be written.
     """
 
-    def __init__(self, run_dir: Path, tracker: Tracker, state: TrainState, total_steps: int | None = None) -> None:
+    def __init__(self, run_dir: Path, tracker: Tracker, state: TrainState, total_steps: int | None = None, display: Display | None = None
+    ) -> None:
         self._run_dir = run_dir
         self._tracker = tracker
         self._total_steps = total_steps
+        self._display = display or Display()
         self._pace = Pace(state.step)
         with writing(run_dir):
             _keep(run_dir / METRICS, lambda step: step <= state.step)
@@ -190,6 +194,7 @@ class Records:
         if eta is not None:
             means["eta_seconds"] = eta
         self._write(METRICS, step, epoch, means)
+        self._display.loss(means["loss"])
         logger.info("%s", interval_line(step, self._total_steps, epoch, means, self._eer, datetime.now()))
 
     def write_evaluation(
@@ -197,6 +202,7 @@ class Records:
     ) -> None:
         """Record an evaluation, and further `values` of it."""
         self._eer = eer
+        self._display.eer(eer)
         self._write(EVALUATIONS, step, epoch, {"eer": eer, "min_dcf": min_dcf, **(values or {})})
         logger.info("%s", evaluation_line(step, self._total_steps, epoch, eer, min_dcf))
 

@@ -26,6 +26,7 @@ from cel_dist.training.checkpoint import SavedRun
 from cel_dist.training.checkpoint_store import CheckpointStore
 from cel_dist.training.classes import Classes, take_over
 from cel_dist.training.conclusion import catch_up, conclude
+from cel_dist.training.display import Display
 from cel_dist.training.ledger import LaunchedStep, Ledger
 from cel_dist.training.memory import advice_on_memory
 from cel_dist.training.objective import initial_encoder, new_encoder, new_objective
@@ -139,6 +140,7 @@ class Trainer:
         self.is_fork = start.checkpoint is not None and not start.is_own
         steps_left = self.total_steps - self.state.step
         self.profile = StepProfile.of(config, steps_left, self.state.step, device) if world.is_main else StepProfile()
+        self.display = Display()
         self.records: Records | None = None
         self.tracker: Tracker | None = None
         with raised_together(world):
@@ -152,7 +154,14 @@ class Trainer:
         self.failure: Exception | None = None
 
     def train(self) -> TrainResult:
-        """Run the loop to its end."""
+        """Run the loop to its end, and on a terminal show how far it is."""
+        if not self.world.is_main:
+            return self._train()
+        size = self.config.train.batch_size
+        with self.display.shown(self.state.step, self.total_steps, self.plan.steps_per_epoch, size):
+            return self._train()
+
+    def _train(self) -> TrainResult:
         begin = time.perf_counter()
         first_step, step_seconds = self.state.step, 0.0
         status: Literal["FINISHED", "FAILED", "KILLED"] = "FAILED"
@@ -165,6 +174,7 @@ class Trainer:
             while self.state.step < self.total_steps:
                 step_begin = time.perf_counter()
                 self.train_step()
+                self.display.at(self.state.step)
                 if self._is_record_due() or self._is_checkpoint_due() or self.ledger.is_stopping:
                     # What is written and saved is what all steps came to.
                     self.ledger.settle()
@@ -344,7 +354,7 @@ class Trainer:
         self.tracker = Tracker.start(self.config, self.run_dir)
         self.tracker.log_params(self.config)
         self.tracker.log_artifact(self.run_dir / "config.yaml")
-        self.records = Records(self.run_dir, self.tracker, self.state, self.total_steps)
+        self.records = Records(self.run_dir, self.tracker, self.state, self.total_steps, self.display)
 
     def _announce(self, start: Start) -> None:
         for remark in start.remarks:
