@@ -58,6 +58,12 @@ def emit(result: dict[str, Any], text: str, *, as_json: bool) -> None:
     print(json.dumps(result) if as_json else text)
 
 
+def suggest(next_step: str, *, as_json: bool) -> None:
+    """Tell a person at a terminal what usually comes next, on stderr; logs, pipes and programs are spared."""
+    if not as_json and sys.stderr.isatty():
+        print(f"next: {next_step}", file=sys.stderr)
+
+
 def run(arguments: list[str]) -> int:
     """Run `cel` with `arguments` and return the exit code."""
     logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(message)s")

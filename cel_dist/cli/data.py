@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from cel_dist.cli.app import JsonOption, app, emit
+from cel_dist.cli.app import JsonOption, app, emit, suggest
 from cel_dist.cli.completion import complete_recipes
 from cel_dist.cli.progress import progress_bar
 from cel_dist.cli.recipes import report, survey_of
@@ -126,6 +126,7 @@ def prepare(
     }
     text = f"{out}: {result.samples} utterances in {result.shards} shards; {result.rejected} files rejected"
     emit(summary, f"{text} ({result.rejects})", as_json=as_json)
+    suggest(f"cel train configs/small.yaml data.shards={out} data.bank=BANK run.dir=runs/first", as_json=as_json)
 
 
 def _refuse_shard_options(context: typer.Context) -> None:
@@ -153,6 +154,7 @@ def _prepare_bank(source: Path, out: Path, survey: "Survey | None", workers: int
         "rejects": str(clips.rejects),
     }
     emit(summary, f"bank {out}: {kinds}; {clips.rejected} files rejected ({clips.rejects})", as_json=as_json)
+    suggest(f"cel train configs/small.yaml data.shards=SHARDS data.bank={out} run.dir=runs/first", as_json=as_json)
 
 
 @app.command(epilog="Example: cel check shards")

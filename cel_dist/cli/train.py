@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from cel_dist.cli.app import JsonOption, app, emit
+from cel_dist.cli.app import JsonOption, app, emit, suggest
 from cel_dist.cli.completion import complete_settings
 from cel_dist.errors import CelError
 
@@ -97,3 +97,8 @@ def train(
         return
     eer = "no validation list" if summary["eer"] is None else f"validation EER {100 * summary['eer']:.2f} %"
     emit(summary, f"{summary['steps']} steps, {eer}; run folder {summary['run_dir']}", as_json=as_json)
+    report = "" if summary.get("report") is None else f"; its report is {summary['report']}"
+    suggest(
+        f"cel evaluate --model {shlex.quote(summary['run_dir'])} --trials TEST.txt --root AUDIO{report}",
+        as_json=as_json,
+    )

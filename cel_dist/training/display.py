@@ -44,6 +44,9 @@ class Display:
             console=console,
             transient=True,
             speed_estimate_period=300,
+            refresh_per_second=2,
+            # Standard output is for the result.
+            redirect_stdout=False,
         )
         self._steps_per_epoch, self._batch_size = steps_per_epoch, batch_size
         self._task = progress.add_task(
@@ -51,6 +54,8 @@ class Display:
         )
         self._step, self._begin = step, time.monotonic()
         with _log_above(console), progress:
+            # A rank that is killed could not bring it back.
+            console.show_cursor(True)
             self._progress = progress
             try:
                 yield self

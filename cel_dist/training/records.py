@@ -171,7 +171,13 @@ class Records:
         RunError: the files cannot be written.
     """
 
-    def __init__(self, run_dir: Path, tracker: Tracker, state: TrainState, total_steps: int | None = None, display: Display | None = None
+    def __init__(
+        self,
+        run_dir: Path,
+        tracker: Tracker,
+        state: TrainState,
+        total_steps: int | None = None,
+        display: Display | None = None,
     ) -> None:
         self._run_dir = run_dir
         self._tracker = tracker
