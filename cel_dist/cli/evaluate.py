@@ -1,13 +1,14 @@
 """`cel evaluate`, `cel embed`, `cel verify`, `cel import-published`: using a trained model."""
 
 import logging
+import shlex
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from cel_dist.cli.app import JsonOption, app, emit
+from cel_dist.cli.app import JsonOption, app, emit, suggest
 from cel_dist.cli.progress import progress_bar
 
 if TYPE_CHECKING:
@@ -232,6 +233,8 @@ def evaluate(
     if calibrate:
         values["calibrated_model"] = str(calibrate)
     emit(values, "\n".join(text), as_json=as_json)
+    usable = calibrate or model
+    suggest(f"cel verify --model {shlex.quote(str(usable))} ENROL TEST", as_json=as_json)
 
 
 def _listed_trials(protocol: str | None, trials: Path | None, enrol: Path | None, root: Path) -> "Trials":
