@@ -26,6 +26,8 @@ config_app = typer.Typer(
     help="Configurations: what they come to, whether they work, where they differ.", rich_markup_mode=None
 )
 app.add_typer(config_app, name="config")
+data_app = typer.Typer(help="Look into prepared data.", rich_markup_mode=None)
+app.add_typer(data_app, name="data")
 models_app = typer.Typer(help="Models in the MLflow registry.", rich_markup_mode=None)
 app.add_typer(models_app, name="models")
 speakers_app = typer.Typer(help="People enrolled in a store.", rich_markup_mode=None)
@@ -38,11 +40,13 @@ _COMMAND_MODULES = (
     "corpus",
     "config",
     "data",
+    "data_stats",
     "encoders",
     "train",
     "sweep",
     "evaluate",
     "demo",
+    "doctor",
     "models",
     "models_export",
     "speakers",

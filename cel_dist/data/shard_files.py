@@ -35,6 +35,9 @@ class ShardFiles(Protocol):
     def expect(self, shards: Sequence[int]) -> None:
         """Make ready, in this order, shards that are going to be opened; returns at once."""
 
+    def part(self, shard: int) -> "ShardFiles":
+        """The files of this shard alone, at place 0: little to hand to another process."""
+
     def require_room(self, num_shards: int, remedy: str) -> None:
         """Raise CelError, which ends with the remedy, if so many shards cannot be open at the same time."""
 
@@ -76,6 +79,10 @@ class LocalShards:
 
     def expect(self, shards: Sequence[int]) -> None:
         """Nothing: they are here."""
+
+    def part(self, shard: int) -> ShardFiles:
+        """See `ShardFiles.part`."""
+        return LocalShards(self._folder, [self._records[shard]], self._verify)
 
     def require_room(self, num_shards: int, remedy: str) -> None:
         """Nothing: they have it."""
@@ -124,6 +131,10 @@ class CachedShards:
                 self._thread = threading.Thread(target=self._fetch_expected, daemon=True)
                 self._thread.start()
             self._wake.notify()
+
+    def part(self, shard: int) -> ShardFiles:
+        """See `ShardFiles.part`."""
+        return CachedShards(self._remote, [self._records[shard]], [self._sizes[shard]], self._cache)
 
     def require_room(self, num_shards: int, remedy: str) -> None:
         """See `ShardFiles.require_room`."""
