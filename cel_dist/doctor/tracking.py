@@ -3,12 +3,13 @@
 import os
 from typing import TYPE_CHECKING
 
-from cel_dist.doctor.check import Check, Checks, State, one_line
+from cel_dist.doctor.check import Check, Checks, State, one_line, tried
 
 if TYPE_CHECKING:
     from cel_dist.doctor.examine import Settings
 
 _REMEDY = "start the server, name another one (tracking.uri, MLFLOW_TRACKING_URI), or set tracking.enabled=false"
+_REINSTALL = "reinstall what it names: pip install --force-reinstall PACKAGE (mlflow, if it names none)"
 _ENOUGH = 1000
 
 
@@ -17,7 +18,8 @@ def tracking(settings: "Settings") -> Checks:
     # A server that does not answer is tried once, and not for the minutes that a run can spare.
     os.environ["MLFLOW_HTTP_REQUEST_TIMEOUT"] = f"{max(1, int(settings.timeout_seconds / 3))}"
     os.environ["MLFLOW_HTTP_REQUEST_MAX_RETRIES"] = "0"
-    yield _registry(settings)
+    # Whatever the packages that it is made of raise when they are imported.
+    yield tried("mlflow", lambda: _registry(settings), _REINSTALL, "fault" if settings.tracking else "note")
 
 
 def _registry(settings: "Settings") -> Check:
@@ -46,7 +48,7 @@ def _registry(settings: "Settings") -> Check:
     except CelError as error:
         return Check("mlflow", failure, f"{shown}: {error}", _REMEDY)
     except (ImportError, AttributeError) as error:
-        return Check("mlflow", failure, one_line(error), "reinstall it: pip install --force-reinstall mlflow")
+        return Check("mlflow", failure, one_line(error), _REINSTALL)
     except Exception as error:
         return Check("mlflow", failure, f"{shown}: {first_line(error)}", _REMEDY)
     number = f"{len(models)}" if len(models) < _ENOUGH else f"{_ENOUGH} or more"
