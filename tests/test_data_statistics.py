@@ -153,12 +153,12 @@ def test_shards_in_a_store_are_measured_alike_and_only_some_are_fetched(shards: 
         thread.start()
         try:
             url = f"http://127.0.0.1:{server.server_address[1]}"
-            few = statistics(url, sample=3, access=Access(cache=tmp_path / "few"), workers=1)
+            few = statistics(url, sample=6, access=Access(cache=tmp_path / "few"), workers=1)
             everything = statistics(url, access=Access(cache=tmp_path / "all"), workers=2)
         finally:
             server.shutdown()
             thread.join()
-    assert few.sampled == 3
+    assert few.sampled == 6
     assert len(list((tmp_path / "few").glob("*.tar"))) == 1
     here = statistics(shards, workers=1)
     assert everything.levels == here.levels
@@ -208,3 +208,12 @@ def test_loud_audio_that_does_not_clip_is_not_taken_for_clipped() -> None:
     measured = measure(np.rint(32760 * loud / abs(loud).max()).astype(np.int16))
     assert measured.clipped == 0
     assert measured.peak_db > -0.01
+
+
+def test_a_voice_that_fades_towards_8_khz_is_not_taken_for_telephone_audio() -> None:
+    spectrum = np.fft.rfft(np.random.default_rng(0).standard_normal(4 * SAMPLE_RATE))
+    hertz = np.fft.rfftfreq(4 * SAMPLE_RATE, 1 / SAMPLE_RATE)
+    # From 4 kHz on 40 dB below what is under it, or 70.
+    fading, cut = (np.fft.irfft(spectrum * np.where(hertz < 4000, 1, gain)) for gain in (1e-2, 10**-3.5))
+    measured = [measure(np.rint(8000 * wave / abs(wave).max()).astype(np.int16)) for wave in (fading, cut)]
+    assert [one.is_narrow for one in measured] == [False, True]
