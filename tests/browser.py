@@ -137,7 +137,7 @@ async def open_page(url: str, folder: Path, microphone: Path) -> AsyncIterator[P
                 for domain in ("Page", "Runtime", "Log", "Network", "DOM"):
                     await page.send(f"{domain}.enable")
                 await page.send("Page.navigate", url=url)
-                await page.until("document.readyState === 'complete' && location.protocol === 'http:'")
+                await page.until("document.readyState === 'complete' && location.protocol !== 'about:'")
                 yield page
                 listener.cancel()
     finally:

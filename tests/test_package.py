@@ -28,7 +28,7 @@ IMPORTED_ONLY_BY = {
     "aiohttp": ("data/remote.py",),
     "safetensors": ("model_folder.py", "training/classes.py"),
     "matplotlib": ("evaluation/plots.py", "sweep/plots.py"),
-    "jinja2": ("report.py", "sweep/summary.py"),
+    "jinja2": ("report/", "sweep/summary.py"),
     "onnxruntime": ("export/",),
     "packaging": ("doctor/",),
     "espeakng_loader": ("corpus/",),

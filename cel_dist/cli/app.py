@@ -47,6 +47,7 @@ _COMMAND_MODULES = (
     "evaluate",
     "demo",
     "doctor",
+    "report",
     "models",
     "models_export",
     "speakers",

@@ -263,6 +263,20 @@ def encode_audio(samples: npt.NDArray[np.int16], audio_format: AudioFormat) -> b
     return buffer.getvalue()
 
 
+def compressed_audio(samples: npt.NDArray[np.int16]) -> tuple[bytes, str]:
+    """Audio to listen to: a small file that browsers play, and its media type.
+
+    MP3, which all of them know, or FLAC where libsndfile was built without it.
+
+    Args:
+        samples: int16 mono `[T]` at 16 kHz.
+    """
+    file_format, media_type = ("MP3", "audio/mpeg") if "MP3" in soundfile.available_formats() else ("FLAC", "audio/flac")
+    buffer = io.BytesIO()
+    soundfile.write(buffer, samples, SAMPLE_RATE, format=file_format)
+    return buffer.getvalue(), media_type
+
+
 def stored_form_fault(data: bytes, samples: int) -> str | None:
     """What is wrong with the audio member of a shard, or None.
 
