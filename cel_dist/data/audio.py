@@ -271,7 +271,9 @@ def compressed_audio(samples: npt.NDArray[np.int16]) -> tuple[bytes, str]:
     Args:
         samples: int16 mono `[T]` at 16 kHz.
     """
-    file_format, media_type = ("MP3", "audio/mpeg") if "MP3" in soundfile.available_formats() else ("FLAC", "audio/flac")
+    file_format, media_type = (
+        ("MP3", "audio/mpeg") if "MP3" in soundfile.available_formats() else ("FLAC", "audio/flac")
+    )
     buffer = io.BytesIO()
     soundfile.write(buffer, samples, SAMPLE_RATE, format=file_format)
     return buffer.getvalue(), media_type

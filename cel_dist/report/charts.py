@@ -1,8 +1,8 @@
 """Charts as SVG: drawn once for a page, whose style sheet colours them, and for files that stand alone.
 
-A chart has no colours of its own, only classes. In a page they follow its light or dark scheme; `as_file` adds a style sheet
-with the light one. What can be pointed at travels in the attribute `data-hover`, as a JSON list of `[x, y, text, clip]` in units of
-the drawing, for the script of the page. All text is escaped here.
+A chart has no colours of its own, only classes. In a page they follow its light or dark scheme; `as_file` adds a style
+sheet with the light one. What can be pointed at travels in the attribute `data-hover`, as a JSON list of
+`[x, y, text, clip]` in units of the drawing, for the script of the page. All text is escaped here.
 """
 
 import html
@@ -18,7 +18,8 @@ DARK_COLOURS = ("#56b4e9", "#ff8f52", "#3fcfa3", "#e6a0c8", "#f0b93a", "#a8dcff"
 
 _LEFT, _RIGHT, _BOTTOM = 52.0, 12.0, 44.0
 _LINE = 16.0
-_LETTER = 6.4
+_TITLE = 22.0
+_LETTER = 7.2
 _DASHES = ("", "6 3", "2 3", "8 3 2 3")
 
 
@@ -96,7 +97,7 @@ class Chart:
         rows: list[list[tuple[float, tuple[str, str, str]]]] = []
         at = self.width
         for entry in self.legend:
-            length = 30 + _LETTER * len(entry[1])
+            length = 36 + _LETTER * len(entry[1])
             if at + length > self.width or not rows:
                 rows.append([])
                 at = self._left if self.has_axes else 8.0
@@ -110,7 +111,7 @@ class Chart:
 
     @property
     def _top(self) -> float:
-        return 14 + (_LINE if self.title else 0) + _LINE * len(self._legend_rows)
+        return 14 + (_TITLE if self.title else 0) + _LINE * len(self._legend_rows)
 
     def at(self, x: float, y: float) -> tuple[float, float]:
         """Where a point of the axes lies in the drawing."""
@@ -202,7 +203,7 @@ class Chart:
         if self.title:
             parts.append(f'<text class="title" x="8" y="17">{html.escape(self.title)}</text>')
         for number, row in enumerate(self._legend_rows):
-            down = 14 + (_LINE if self.title else 0) + _LINE * number
+            down = 14 + (_TITLE if self.title else 0) + _LINE * number
             for at, (look, text, dash) in row:
                 pattern = f' stroke-dasharray="{dash}"' if dash else ""
                 parts.append(f'<path class="line {look}" d="M{at:g} {down - 4:g}h16"{pattern}/>')
@@ -214,8 +215,9 @@ class Chart:
             content = html.escape(json.dumps(self.hover, ensure_ascii=False, separators=(",", ":")), quote=True)
             hover = f'data-nearest="{self.nearest}" data-hover="{content}" '
         return (
-            f'<svg xmlns="http://www.w3.org/2000/svg" class="chart" {where}viewBox="0 0 {self.width:g} {self.height:g}" '
-            f'role="img" aria-label="{html.escape(self.title, quote=True)}" {hover}>{"".join(parts)}</svg>'
+            f'<svg xmlns="http://www.w3.org/2000/svg" class="chart" {where}'
+            f'viewBox="0 0 {self.width:g} {self.height:g}" role="img" aria-label="{html.escape(self.title, quote=True)}" '
+            f"{hover}>{''.join(parts)}</svg>"
         )
 
 
@@ -239,7 +241,9 @@ def styles(colours: Sequence[str], *, ink: str, soft: str, grid: str, paper: str
     ]
     for number, colour in enumerate(colours):
         rules.append(f".chart .line.c{number} {{ stroke: {colour}; }}")
-        rules.append(", ".join(f".chart .{kind}.c{number}" for kind in ("area", "dot", "bar")) + f" {{ fill: {colour}; }}")
+        rules.append(
+            ", ".join(f".chart .{kind}.c{number}" for kind in ("area", "dot", "bar")) + f" {{ fill: {colour}; }}"
+        )
     return "\n".join(rules)
 
 

@@ -259,9 +259,9 @@ def map_figure(names: Sequence[str], embeddings: npt.NDArray[np.float32], scores
     chart = Chart("", across, up, 640, 420, has_axes=False, nearest="xy")
     known = sorted({speakers[number] for number in chosen})
     looks = {speaker: (number * _GOLDEN_ANGLE % 360, number) for number, speaker in enumerate(known)}
-    for number, place in zip(chosen.tolist(), places.tolist(), strict=True):
-        chart.symbol(*place, *looks[speakers[number]])
-        chart.point(*place, f"{names[number]}\nspeaker {speakers[number]}", clips.number(names[number]))
+    for number, (x, y) in zip(chosen.tolist(), places.tolist(), strict=True):
+        chart.symbol(x, y, *looks[speakers[number]])
+        chart.point(x, y, f"{names[number]}\nspeaker {speakers[number]}", clips.number(names[number]))
     if len(known) <= _MAX_NAMED_SPEAKERS:
         own = np.array([speakers[number] for number in chosen])
         for speaker in known:
@@ -283,7 +283,9 @@ def group_figure(diagnostics: "Diagnostics") -> Figure:
         counts = f"{group.targets} target, {group.non_targets} non-target trials"
         rows.append((group.label, group.eer, series_look(kinds.index(group.by))[0], counts))
         if group.eer is not None and group.false_rejects is not None and group.false_accepts is not None:
-            counts += f"\nat the threshold of all: {group.false_rejects:.2%} rejected, {group.false_accepts:.2%} accepted"
+            counts += (
+                f"\nat the threshold of all: {group.false_rejects:.2%} rejected, {group.false_accepts:.2%} accepted"
+            )
             rows[-1] = (*rows[-1][:3], counts)
     if (control := diagnostics.control) is not None:
         quiet = f"quietest {control.quiet_share:.0%} of frames"

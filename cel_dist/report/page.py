@@ -42,8 +42,8 @@ def write_report(
     """Write the report of a run; returns its path.
 
     What it is made of is in `RunFolder.read`, and `evaluation/embeddings.npz` (`names` [N], `embeddings` [N, D] or
-    [N, windows, D]), the shards and the audio of the validation list where they are on this machine. What is not there is
-    left out.
+    [N, windows, D]), the shards and the audio of the validation list where they are on this machine. What is not
+    there is left out.
 
     Args:
         run_dir: the run folder.
