@@ -216,7 +216,8 @@ class Chart:
             hover = f'data-nearest="{self.nearest}" data-hover="{content}" '
         return (
             f'<svg xmlns="http://www.w3.org/2000/svg" class="chart" {where}'
-            f'viewBox="0 0 {self.width:g} {self.height:g}" role="img" aria-label="{html.escape(self.title, quote=True)}" '
+            f'viewBox="0 0 {self.width:g} {self.height:g}" role="img"'
+            f' aria-label="{html.escape(self.title, quote=True)}" '
             f"{hover}>{''.join(parts)}</svg>"
         )
 
