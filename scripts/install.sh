@@ -49,7 +49,7 @@ pip_install setuptools wheel ninja py-cpuinfo
 say "3/4 installing DeepSpeed from source, its native kernels left for later"
 DS_BUILD_OPS=0 pip_install --no-build-isolation deepspeed==0.19.8
 say "4/4 installing cel_dist, editable, and everything else it uses"
-pip_install --no-build-isolation --editable '.[corpus,onnx,ray,s3,serve,sweep,dev]'
+pip_install --no-build-isolation --editable '.[corpus,onnx,ray,s3,serve,sweep,docs,dev]'
 
 # torchaudio's native part links CUDA and keeps a CPU build from importing; without it torchaudio runs in plain Python.
 native=$("$python" -c 'import importlib.util, pathlib; print(pathlib.Path(importlib.util.find_spec("torchaudio").origin).parent / "lib")')

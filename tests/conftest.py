@@ -21,6 +21,7 @@ PROJECT = Path(__file__).resolve().parent.parent
 LONGEST = (
     "test_killed_runs",
     "test_sweep",
+    "test_tutorials",
     "test_cable",
     "test_finetuning",
     "test_stream_kills",
@@ -40,6 +41,8 @@ LONGEST = (
     "test_launch",
     "test_stages",
     "test_real_speech",
+    "test_plugins",
+    "test_terminal",
     "test_encoder_training",
 )
 

@@ -7,7 +7,7 @@ import matplotlib as mpl
 import numpy as np
 import pytest
 
-from cel_dist.evaluation.plots import det_plot, score_histogram, speaker_map, training_curves
+from cel_dist.evaluation.plots import det_plot, score_histogram
 from cel_dist.evaluation.projection import neighbour_map, principal_components
 from cel_dist.metrics import eer
 
@@ -62,44 +62,13 @@ def test_histogram_states_counts_and_threshold():
     assert not any(text.startswith("threshold") for text in texts(score_histogram(SCORES, LABELS, picture="svg")))
 
 
-def test_training_curves_show_what_was_recorded_and_no_more():
-    records = [
-        {"step": step, "epoch": 0, "loss": 1 / step, "similarity": 0.1, "uniformity": -2.0} for step in (1, 2, 3)
-    ]
-    shown = texts(training_curves(records, picture="svg"))
-    assert {"loss", "similarity", "uniformity"} <= set(shown)
-    assert "EER on validation trials (%)" not in shown
-    with_eer = texts(training_curves([*records, {"step": 3, "epoch": 0, "eer": 0.125}], picture="svg"))
-    assert "EER on validation trials (%)" in with_eer
-
-
-def test_training_curves_of_an_empty_run_are_an_empty_picture():
-    assert size(training_curves([]))[0] > 0
-
-
-def test_speaker_map_names_few_speakers_and_counts_many():
-    few = texts(speaker_map(*clusters(4, 5), picture="svg"))
-    assert {"speaker00", "speaker03", "20 utterances of 4 speakers (t-SNE)"} <= set(few)
-    many = texts(speaker_map(*clusters(30, 2), picture="svg"))
-    assert "60 utterances of 30 speakers (t-SNE)" in many
-    assert "speaker00" not in many
-
-
-def test_speaker_map_draws_at_most_500_utterances():
-    rows, names = clusters(3, 2)
-    shown = texts(speaker_map(np.tile(rows, (100, 1)), names * 100, picture="svg"))
-    assert "500 utterances of 3 speakers (t-SNE)" in shown
-
-
 @pytest.mark.parametrize(
     "draw",
     [
         lambda picture: det_plot({"a": (SCORES, LABELS)}, picture=picture),
         lambda picture: score_histogram(SCORES, LABELS, threshold=-0.8, picture=picture),
-        lambda picture: training_curves([{"step": 1, "loss": 2.0}], picture=picture),
-        lambda picture: speaker_map(*clusters(3, 4), picture=picture),
     ],
-    ids=["det", "histogram", "training", "map"],
+    ids=["det", "histogram"],
 )
 def test_pictures_are_repeatable_and_leave_matplotlib_as_it_was(draw):
     before = dict(mpl.rcParams)

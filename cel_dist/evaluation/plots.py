@@ -5,19 +5,16 @@ Only figure objects are used, never pyplot, so that nothing global changes and n
 
 import io
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, TypeAlias
+from typing import Literal, TypeAlias
 
 import matplotlib as mpl
 import numpy as np
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
 from numpy.typing import ArrayLike, NDArray
 from scipy.special import ndtri
 
 from cel_dist.evaluation.control import Control
 from cel_dist.evaluation.groups import Group
-from cel_dist.evaluation.projection import neighbour_map
 from cel_dist.metrics import RankedTrials
 
 Format: TypeAlias = Literal["png", "svg"]
@@ -25,11 +22,8 @@ Format: TypeAlias = Literal["png", "svg"]
 # Okabe and Ito's colours, told apart by colour-blind readers too.
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 _GREY = "#666666"
-_MARKERS = "o^sDvP*X"
 _DET_TICKS = (0.0001, 0.001, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.4, 0.6, 0.8)
 _PIXELS_A_DEVIATE = 400
-_MAX_MAP_POINTS = 500
-_MAX_NAMED_SPEAKERS = 24
 STYLE = {
     "font.family": "DejaVu Sans",
     "font.size": 10,
@@ -44,18 +38,6 @@ STYLE = {
     "svg.hashsalt": "cel",
     "svg.fonttype": "none",
 }
-
-_TRAINING_PANELS: tuple[tuple[str, tuple[str, ...]], ...] = (
-    ("loss", ("loss", "similarity", "uniformity")),
-    ("EER on validation trials (%)", ("eer",)),
-    ("accuracy, alignment", ("accuracy", "alignment")),
-    ("alignment, uniformity of validation", ("eval_alignment", "eval_uniformity")),
-    ("learning rate", ("lr",)),
-    ("scale of the logits", ("w", "scale")),
-    ("margin", ("margin",)),
-    ("gradient norm", ("grad_norm",)),
-    ("utterances per second", ("utterances_per_second",)),
-)
 
 
 def det_plot(curves: Mapping[str, tuple[ArrayLike, ArrayLike]], *, picture: Format = "png") -> bytes:
@@ -171,91 +153,12 @@ def group_errors(groups: Sequence[Group], control: Control | None = None, *, pic
         return render(figure, picture)
 
 
-def training_curves(records: Sequence[Mapping[str, Any]], *, picture: Format = "png") -> bytes:
-    """Course of a training run: losses, validation EER, accuracy, learning rate, scale, gradient norm and speed.
-
-    Args:
-        records: the objects of `metrics.jsonl` and `evaluations.jsonl`; each has `step`, and whichever of the measures
-            were taken then. A panel without a single value is left out.
-        picture: format of the result.
-    """
-    panels = [
-        (title, {name: points for name in names if len(points := _points(records, name))})
-        for title, names in _TRAINING_PANELS
-    ]
-    panels = [(title, series) for title, series in panels if series]
-    with mpl.rc_context(STYLE):
-        columns = min(3, max(1, len(panels)))
-        rows = max(1, -(-len(panels) // columns))
-        figure = Figure(figsize=(4.0 * columns, 2.9 * rows), layout="constrained")
-        grid = figure.subplots(rows, columns, squeeze=False).ravel()
-        for axes, (title, series) in zip(grid, panels, strict=False):
-            _draw_series(axes, title, series)
-        for axes in grid[len(panels) :]:
-            axes.set_axis_off()
-        return render(figure, picture)
-
-
-def speaker_map(embeddings: ArrayLike, speakers: Sequence[str], *, picture: Format = "png") -> bytes:
-    """Two-dimensional t-SNE map of embeddings, a colour and marker a speaker. Names are shown for up to 24 speakers.
-
-    Args:
-        embeddings: [N, D]; of more than 500, an even choice is drawn.
-        speakers: [N] names.
-        picture: format of the result.
-    """
-    chosen = np.unique(np.linspace(0, len(speakers) - 1, num=min(len(speakers), _MAX_MAP_POINTS)).astype(int))
-    places = neighbour_map(np.asarray(embeddings)[chosen])
-    names = np.asarray(speakers)[chosen]
-    known = sorted(set(names.tolist()))
-    with mpl.rc_context(STYLE):
-        is_named = len(known) <= _MAX_NAMED_SPEAKERS
-        figure = Figure(figsize=(7.4 if is_named else 6.0, 5.6), layout="constrained")
-        axes = figure.subplots()
-        wheel = [mpl.colormaps["tab20"](number) for number in range(20)]
-        for number, name in enumerate(known):
-            own = places[names == name]
-            marker = _MARKERS[(number // len(wheel) + number) % len(_MARKERS)]
-            colour = wheel[(2 * number + (number // 10) % 2) % len(wheel)]
-            axes.scatter(
-                own[:, 0], own[:, 1], s=30, color=colour, marker=marker, edgecolors="white", linewidths=0.4, label=name
-            )
-        axes.set(xticks=[], yticks=[], title=f"{len(chosen)} utterances of {len(known)} speakers (t-SNE)")
-        axes.spines[["left", "bottom"]].set_visible(False)
-        if is_named:
-            figure.legend(loc="outside right upper", ncols=1, fontsize=8, handletextpad=0.2)
-        return render(figure, picture)
-
-
 def _visible(x: NDArray[np.float64], y: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """A curve [P] without the points that would fall on the pixel of the one before."""
     pixels = np.rint(np.stack([x, y]) * _PIXELS_A_DEVIATE)
     moved = np.append(True, (pixels[:, 1:] != pixels[:, :-1]).any(axis=0))
     moved[-1] = True
     return x[moved], y[moved]
-
-
-def _draw_series(axes: Axes, title: str, series: Mapping[str, Any]) -> None:
-    for colour, (name, points) in zip(_cycle(len(series)), series.items(), strict=True):
-        steps, values = points.T
-        if name == "eer":
-            values = 100 * values
-        # Few points are measurements of their own and are shown as such; many are a course.
-        axes.plot(
-            steps, values, color=colour, linewidth=1.5, label=name, marker="o" if len(steps) <= 30 else None, ms=3.5
-        )
-    axes.set_title(title, fontsize=10)
-    axes.set_xlabel("step")
-    axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
-    if len(series) > 1:
-        axes.legend(fontsize=8)
-    if "eer" in series or "utterances_per_second" in series:
-        axes.set_ylim(bottom=0)
-
-
-def _points(records: Sequence[Mapping[str, Any]], name: str) -> Any:
-    found = [(record["step"], record[name]) for record in records if record.get(name) is not None]
-    return np.array(found, dtype=np.float64).reshape(-1, 2)
 
 
 def _cycle(count: int) -> list[str]:

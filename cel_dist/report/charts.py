@@ -61,9 +61,11 @@ def tick_text(value: float, step: float) -> str:
 
     >>> [tick_text(0.3, 0.1), tick_text(20000.0, 5000.0), tick_text(-0.0, 1.0), tick_text(0.0005, 0.0005)]
     ['0.3', '20 000', '0', '5e-04']
+    >>> tick_text(0.0, 0.0005)
+    '0'
     """
-    if value and step < 1e-3:
-        return f"{value:.0e}"
+    if step < 1e-3:
+        return f"{value:.0e}" if value else "0"
     digits = max(0, -math.floor(math.log10(step) + 1e-9))
     return f"{value + 0.0:,.{digits}f}".replace(",", " ")
 

@@ -79,4 +79,5 @@ def _write_outcome(result: TrainResult, run_dir: Path) -> Path:
 
     with writing(run_dir):
         result.write(run_dir)
-    return write_report(run_dir)
+    # Without voices: it goes to MLflow, to whoever may look there.
+    return write_report(run_dir, audio=False)
