@@ -16,6 +16,7 @@ from cel_dist.config import Config
 from cel_dist.config_file import load_config
 from cel_dist.corpus.split import Split, split_by_speaker
 from cel_dist.corpus.synth import read_corpus, synthesise_corpus
+from cel_dist.data.files import require_folder_or_nothing, writing_into
 from cel_dist.errors import CelError
 
 logger = logging.getLogger(__name__)
@@ -79,7 +80,9 @@ def run_demo(
     from cel_dist.launcher import Placement, launch
 
     begin = time.perf_counter()
-    out.mkdir(parents=True, exist_ok=True)
+    require_folder_or_nothing(out)
+    with writing_into(out):
+        out.mkdir(parents=True, exist_ok=True)
     logger.info("1/5 corpus: %s", corpus or f"{NUM_SPEAKERS} synthetic speakers in {out / 'corpus'}")
     split, bank_audio = _corpus(out, corpus, progress)
     logger.info("2/5 shards and bank: %s, %s", out / "shards", out / "bank")

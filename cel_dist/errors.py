@@ -2,6 +2,8 @@
 
 # What sysexits.h calls a failure that goes away by itself: whoever started the run may start it again as it is.
 EXIT_PREEMPTED = 75
+# What a shell says of a program that SIGINT ended: 128 + 2.
+EXIT_INTERRUPTED = 130
 
 # No rank: the watchdog has said it.
 ALREADY_SAID = -1

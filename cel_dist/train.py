@@ -11,8 +11,8 @@ import sys
 
 from cel_dist.config_file import load_config
 from cel_dist.distributed import leave_process, let_idle_threads_sleep
-from cel_dist.errors import CelError, PreemptedError, RunError, exit_code
-from cel_dist.launcher.ranks import end_with_launcher
+from cel_dist.errors import EXIT_INTERRUPTED, CelError, PreemptedError, RunError, exit_code
+from cel_dist.launcher.ranks import LAUNCH, end_with_launcher
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -38,6 +38,11 @@ def main(arguments: list[str] | None = None) -> int:
             told = " ".join(str(error).split())
             print(told if isinstance(error, PreemptedError) else f"error: {told}", file=sys.stderr)  # noqa: T201
         return exit_code(error)
+    except KeyboardInterrupt:
+        # `cel train` says so itself.
+        if LAUNCH not in os.environ and os.environ.get("LOCAL_RANK", "0") == "0":
+            print("error: interrupted", file=sys.stderr)  # noqa: T201
+        return EXIT_INTERRUPTED
     return 0
 
 

@@ -118,6 +118,7 @@ def test_the_tables_of_training_are_written_again_without_measuring(tmp_path: Pa
         ("train-cpu-fp32", "train"),
         ("train-cpu-bf16", "train"),
         ("train_eer-bf16", "train_eer"),
+        ("train_eer-fp32", "train_eer"),
         ("start", "start"),
         ("evaluation", "evaluation"),
     ):
@@ -125,7 +126,7 @@ def test_the_tables_of_training_are_written_again_without_measuring(tmp_path: Pa
         shutil.copy(stored, tmp_path)
         command = [sys.executable, PROJECT / f"benchmarks/{script}.py", "--table", "--results", tmp_path]
         if script == "train_eer":
-            command += ["--precision", "bf16"]
+            command += ["--precision", name[-4:]]
         done = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
         assert (tmp_path / f"{name}.md").read_text() == stored.with_suffix(".md").read_text()

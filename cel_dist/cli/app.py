@@ -11,7 +11,7 @@ import typer
 from typer.exceptions import TyperException
 
 from cel_dist.distributed import let_idle_threads_sleep
-from cel_dist.errors import CelError, RunError, exit_code
+from cel_dist.errors import EXIT_INTERRUPTED, CelError, RunError, exit_code
 
 app = typer.Typer(
     name="cel",
@@ -54,9 +54,6 @@ _COMMAND_MODULES = (
     "serve",
 )
 
-# What a shell says of a program that SIGINT ended: 128 + 2.
-_EXIT_INTERRUPTED = 130
-
 
 def emit(result: dict[str, Any], text: str, *, as_json: bool) -> None:
     """Print the outcome of a command on stdout: `result` as one JSON object, or `text` for people."""
@@ -78,7 +75,7 @@ def run(arguments: list[str]) -> int:
     try:
         outcome = app(args=arguments or ["--help"], prog_name="cel", standalone_mode=False)
         # The code of `typer.Exit` is returned, not raised, when typer does not run stand-alone. Ctrl-C is one, too.
-        if outcome == _EXIT_INTERRUPTED:
+        if outcome == EXIT_INTERRUPTED:
             return _interrupted()
         return outcome if isinstance(outcome, int) else 0
     except (CelError, RunError) as error:
@@ -96,7 +93,7 @@ def run(arguments: list[str]) -> int:
 def _interrupted() -> int:
     # Transfers that were under way are given up with the process, which asyncio would remark on, task by task.
     logging.getLogger("asyncio").setLevel(logging.CRITICAL)
-    return _fail("interrupted", _EXIT_INTERRUPTED)
+    return _fail("interrupted", EXIT_INTERRUPTED)
 
 
 def _fail(message: str, code: int) -> int:

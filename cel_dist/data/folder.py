@@ -75,7 +75,8 @@ class ShardFolder:
             return cls._open_remote(str(location), access)
         folder = Path(location)
         if not folder.is_dir():
-            raise CelError(f"there is no folder of shards at {folder}; write one with 'cel prepare SRC --out {folder}'")
+            place = f"{folder}" if folder.is_absolute() else f"{folder} (in {Path.cwd()})"
+            raise CelError(f"there is no folder of shards at {place}; write one with 'cel prepare SRC --out {folder}'")
         manifest = Manifest.load(folder)
         index = Index.load(folder)
         for problem in [*index_disagreements(str(folder), manifest, index), *_size_faults(folder, manifest)]:

@@ -1,14 +1,22 @@
 """Manifests: JSON files that say what a folder must hold, written last and atomically."""
 
 import hashlib
+import os
+from itertools import islice
 from pathlib import Path
 from typing import ClassVar
 
 from pydantic import BaseModel, ConfigDict, PrivateAttr, ValidationError
 from typing_extensions import Self
 
+from cel_dist.data.audio import AUDIO_SUFFIXES
 from cel_dist.data.files import atomic_write
 from cel_dist.errors import CelError
+
+# By the names of their manifests; their classes need not be loaded to tell one from the other.
+_KINDS = {"manifest.json": "folder of shards", "bank.json": "bank"}
+# Enough to see whether a tree holds recordings.
+_FOLDERS_LOOKED_AT = 100
 
 
 class FolderManifest(BaseModel):
@@ -41,10 +49,23 @@ class FolderManifest(BaseModel):
             content = path.read_bytes()
         except OSError as error:
             raise CelError(
-                f"cannot read {path}: {error.strerror}; {folder} is not a finished {cls.kind}, run '{cls.writer} "
+                cls._other_than_wanted(folder)
+                or f"cannot read {path}: {error.strerror}; {folder} is not a finished {cls.kind}, run '{cls.writer} "
                 f"--out {folder}' (again, if it was interrupted)"
             ) from None
         return cls.parse(content, str(path))
+
+    @classmethod
+    def _other_than_wanted(cls, folder: Path) -> str | None:
+        """What a folder without such a manifest is said to be, if it is something that one may take for it."""
+        for name, kind in _KINDS.items():
+            if name != cls.file_name and (folder / name).exists():
+                return f"{folder} is a {kind}, not a {cls.kind}; give a {cls.kind} in its place"
+        names = (name for _, _, files in islice(os.walk(folder), _FOLDERS_LOOKED_AT) for name in files)
+        if any(Path(name).suffix.lower() in AUDIO_SUFFIXES for name in names):
+            command = f"{cls.writer.replace('SRC', str(folder))} --out NEW"
+            return f"{folder} holds recordings, and is no {cls.kind}; '{command}' makes one of them in another folder"
+        return None
 
     @classmethod
     def parse(cls, content: bytes, name: str) -> Self:

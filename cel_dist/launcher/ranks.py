@@ -12,7 +12,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from typing import NoReturn
 
@@ -116,18 +116,20 @@ def _chain(own: psutil.Process, launch: str) -> list[int]:
     return chain
 
 
-def _end_with_any(handles: Iterable[int]) -> None:
+def _end_with_any(handles: Sequence[int]) -> None:
     gone = select.poll()
     for handle in handles:
         gone.register(handle, select.POLLIN)
-    gone.poll()
-    _end()
+    ended = {handle for handle, _ in gone.poll()}
+    # Where the top is still there, it says itself what ended below it.
+    _end(says_so=handles[-1] in ended)
 
 
-def _end() -> NoReturn:
+def _end(*, says_so: bool = True) -> NoReturn:
     # Whoever read this may be gone too.
     with suppress(OSError):
-        os.write(2, b"error: what started this rank is gone, so it ends; start again with --resume auto\n")
+        if says_so:
+            os.write(2, b"error: what started this rank is gone, so it ends; start again with --resume auto\n")
     os._exit(1)
 
 

@@ -32,6 +32,17 @@ def num_threads(config: Config, world: World) -> int:
     return config.train.threads or max(1, default_workers() // world.local_size)
 
 
+def remark_on_cores(world: World, device: torch.device) -> str | None:
+    """What is to be said where the ranks of a machine without GPUs are more than the cores that they may use."""
+    cores = default_workers()
+    if device.type != "cpu" or world.local_size <= cores:
+        return None
+    return (
+        f"{world.local_size} processes share {cores} cores, and wait for each other at every step; "
+        f"--nproc {cores} or fewer is faster"
+    )
+
+
 def remark_on_precision(config: Config, device: torch.device) -> tuple[int, str] | None:
     """What is to be said of the precision on a CPU, with its level of `logging`.
 

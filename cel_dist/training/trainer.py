@@ -31,7 +31,7 @@ from cel_dist.training.ledger import LaunchedStep, Ledger
 from cel_dist.training.memory import advice_on_memory
 from cel_dist.training.objective import initial_encoder, new_encoder, new_objective
 from cel_dist.training.preflight import Checked, preflight
-from cel_dist.training.processor import remark_on_precision, settle
+from cel_dist.training.processor import remark_on_cores, remark_on_precision, settle
 from cel_dist.training.profile import StepProfile, named
 from cel_dist.training.records import Records, writing
 from cel_dist.training.result import TrainResult
@@ -359,6 +359,9 @@ class Trainer:
     def _announce(self, start: Start) -> None:
         for remark in start.remarks:
             logger.warning("%s", remark)
+        of_cores = remark_on_cores(self.world, self.device)
+        if of_cores:
+            logger.warning("%s", of_cores)
         of_precision = remark_on_precision(self.config, self.device)
         if of_precision:
             logger.log(*of_precision)
