@@ -14,7 +14,9 @@ from cel_dist.description import EncoderDescription
 from cel_dist.encoders import FastResNet34, build_encoder, encoder_names, find_encoder, register_encoder
 from cel_dist.encoders.cost import encoder_cost
 from cel_dist.encoders.pooling import POOLINGS
+from cel_dist.encoders.registry import RegisteredEncoder
 from cel_dist.errors import CelError
+from cel_dist.plugins import Registry
 from cel_dist.published import read_published
 
 LARGE = {("ecapa_tdnn_1024", pooling) for pooling in ("tap", "sap", "stats")}
@@ -190,7 +192,8 @@ def test_a_misspelt_name_is_answered_with_the_nearest_one() -> None:
 
 
 def test_a_registered_encoder_can_be_built_once_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("cel_dist.encoders.registry._ENCODERS", {})
+    empty: Registry[RegisteredEncoder] = Registry("encoder", "cel_dist.no_encoders")
+    monkeypatch.setattr("cel_dist.encoders.registry._ENCODERS", empty)
 
     @register_encoder("flat", source="nobody", pooling="tap")
     class Flat(nn.Linear):

@@ -1,6 +1,7 @@
 """`cel models export`: files that run elsewhere and compute what the model does, or no files at all."""
 
 import contextlib
+import copy
 import io
 import json
 import logging
@@ -223,7 +224,9 @@ def without_onnx(features: Tensor, pooled: Tensor) -> Tensor:
 @pytest.fixture
 def odd(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., SpeakerModel]]:
     """Models whose encoder, registered as `odd`, does something that exporting does not survive."""
-    monkeypatch.setattr(registry, "_ENCODERS", dict(registry._ENCODERS))
+    with_odd = copy.copy(registry._ENCODERS)
+    monkeypatch.setattr(with_odd, "_known", dict(with_odd._known))
+    monkeypatch.setattr(registry, "_ENCODERS", with_odd)
 
     def make(oddity: Callable[[Tensor, Tensor], Tensor]) -> SpeakerModel:
         def factory(embedding_dim: int, *, pooling: str, num_mels: int) -> nn.Module:
