@@ -1,6 +1,7 @@
 """What all tests share: where the reference data lies, and a corpus made once."""
 
 import os
+import signal
 import subprocess
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -15,6 +16,11 @@ from cel_dist.data.prepare import prepare
 from cel_dist.data.prepare_bank import prepare_bank
 
 PROJECT = Path(__file__).resolve().parent.parent
+
+# What a shell starts in the background ignores Ctrl-C, and so would all the commands that tests start and interrupt.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+# Beside other tests a dozen imports of torch at once take as long as they take.
+os.environ.setdefault("CEL_DOCTOR_TIMEOUT", "240")
 
 # Begun first, so that none of them is left alone at the end: files that take long, those that compute and those that
 # wait by turns, so that they run beside each other.

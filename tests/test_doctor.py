@@ -65,7 +65,7 @@ def test_several_faults_at_once_are_each_found_and_named(tmp_path: Path) -> None
         (broken / name).mkdir(parents=True)
         (broken / name / "__init__.py").write_text(source)
     path = os.pathsep.join([str(broken), os.environ.get("PYTHONPATH", "")])
-    code, checks = doctor("--timeout", "20", folder=tmp_path, limit="ulimit -n 100", PATH="/nowhere", PYTHONPATH=path)
+    code, checks = doctor("--timeout", "45", folder=tmp_path, limit="ulimit -n 100", PATH="/nowhere", PYTHONPATH=path)
     assert code == 1
     assert checks["soxr"]["state"] == "fault"
     assert "libsoxr.so.9" in checks["soxr"]["found"]
@@ -74,7 +74,7 @@ def test_several_faults_at_once_are_each_found_and_named(tmp_path: Path) -> None
     assert checks["ray"]["state"] == "note"
     assert "SystemExit" in checks["ray"]["found"]
     assert checks["deepspeed"]["state"] == "fault"
-    assert "no answer within 20 s" in checks["deepspeed"]["found"]
+    assert "no answer within 45 s" in checks["deepspeed"]["found"]
     for name in ("ffmpeg", "git", "ssh", "pdsh"):
         assert (checks[name]["state"], checks[name]["found"]) == ("note", "not on the PATH")
     assert (checks["open files"]["state"], checks["open files"]["found"]) == ("fault", "100 a process")

@@ -145,6 +145,19 @@ def test_a_full_disk_leaves_no_half_shard_and_is_continued(
     assert check_shards(out, workers=1) == []
 
 
+def test_a_shard_whose_record_cannot_be_written_does_not_stay(corpus: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    # Where the record of the first shard is to be.
+    blocked = out / ".prepare" / "train-000000.tar.json"
+    (blocked / "full").mkdir(parents=True)
+    with pytest.raises(RunError, match="cannot write"):
+        prepare(corpus, out, samples_per_shard=4, workers=1)
+    assert list(out.glob("*.tar")) == []
+    (blocked / "full").rmdir()
+    blocked.rmdir()
+    assert prepare(corpus, out, samples_per_shard=4, workers=1).samples == 20
+
+
 def test_a_limit_on_file_size_is_reported_like_a_full_disk(corpus: Path, tmp_path: Path) -> None:
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, before[1]))

@@ -23,8 +23,14 @@ def doctor(
         typer.Option(help="Examine for this configuration: its tracking server, its precision, its run folder."),
     ] = None,
     timeout: Annotated[
-        float, typer.Option(metavar="SECONDS", min=1, help="Longest that a check may take; they run side by side.")
-    ] = 30.0,
+        float,
+        typer.Option(
+            metavar="SECONDS",
+            min=1,
+            envvar="CEL_DOCTOR_TIMEOUT",
+            help="Longest that a check may take; they run side by side.",
+        ),
+    ] = 60.0,
     as_json: JsonOption = False,
 ) -> None:
     """Try everything that training needs on this machine, and say what to do about each fault.

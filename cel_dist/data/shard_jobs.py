@@ -121,7 +121,12 @@ def build_shard(job: ShardJob) -> ShardOutcome:
     else:
         record, rows = write_shard(job.out / job.name, chain([first], utterances), job.audio_format)
     outcome = ShardOutcome(record, rows, tuple(rejects), job.lacks_ffmpeg)
-    outcome.save(_outcome_path(job), job.fingerprint)
+    try:
+        outcome.save(_outcome_path(job), job.fingerprint)
+    except OSError:
+        # A shard that is on no record is nobody's: the folder would hold more than it tells of.
+        (job.out / job.name).unlink(missing_ok=True)
+        raise
     return outcome
 
 

@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 from cel_dist.doctor.check import Check
 
-DEFAULT_TIMEOUT_SECONDS = 30.0
+DEFAULT_TIMEOUT_SECONDS = 60.0
 _COLLECTING_SECONDS = 2.0
 
 

@@ -24,7 +24,7 @@ _LITTLE_MEMORY, _ENOUGH_MEMORY = 2 * _GIB, 6 * _GIB
 _LITTLE_DISK, _ENOUGH_DISK = _GIB // 2, 10 * _GIB
 # Of a reader process, what data.prefetch_mib is by default.
 _ENOUGH_SHARED = _GIB // 4
-_PROGRAM_SECONDS = 5.0
+_PROGRAM_SECONDS = 20.0
 _LOOK = "the system refuses to tell; look by hand"
 
 
