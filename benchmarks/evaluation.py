@@ -25,6 +25,7 @@ import soundfile
 import torch
 from data_corpus import FORMATS, SAMPLE_RATE, speech_shaped
 
+from cel_dist.data.pool import default_workers
 from cel_dist.distributed import let_idle_threads_sleep
 
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -71,7 +72,7 @@ def measure(folder: Path, utterances: int, turns: int) -> dict[str, Any]:
             scoring[name].append(run({"job": "score", "trials": trials})["seconds"])
     return {
         "conditions": {
-            "machine": f"{len(os.sched_getaffinity(0))} cores, {platform.machine()}",
+            "machine": f"{default_workers()} cores, {platform.machine()}",
             "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
             "python": platform.python_version(),
             "versions": {name: version(name) for name in ("torch", "numpy", "soundfile")},

@@ -9,7 +9,6 @@ launcher. Each run has a folder and a database of MLflow of its own.
 
 import argparse
 import json
-import os
 import platform
 import statistics
 import subprocess
@@ -21,6 +20,8 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+
+from cel_dist.data.pool import default_workers
 
 RESULTS = Path(__file__).resolve().parent / "results"
 FRAMES, BATCH, SPEAKERS, UTTERANCES = 100, 40, 40, 10
@@ -73,7 +74,7 @@ def measure(folder: Path, turns: int) -> dict[str, Any]:
             )
     return {
         "conditions": {
-            "machine": f"{len(os.sched_getaffinity(0))} cores, {platform.machine()}",
+            "machine": f"{default_workers()} cores, {platform.machine()}",
             "python": platform.python_version(),
             "versions": {name: version(name) for name in ("torch", "deepspeed", "mlflow")},
             "batch": BATCH,

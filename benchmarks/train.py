@@ -25,6 +25,7 @@ import train_report
 import yaml
 from data_corpus import Corpus, write_corpus
 
+from cel_dist.data.pool import default_workers
 from cel_dist.distributed import free_port, let_idle_threads_sleep
 
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -61,7 +62,7 @@ def measure(folder: Path, device: str, options: argparse.Namespace) -> dict[str,
     """All figures of the report."""
     # Of noises and rooms as many as stay in the page cache, for both ways.
     corpus = write_corpus(folder / "corpus", options.utterances, 20)
-    cores = len(os.sched_getaffinity(0))
+    cores = default_workers()
     readers = sorted({0, 1, max(1, cores // 2), cores}) if options.encoder == "fast_resnet34" else []
     machine = run("machine", our_config(folder, corpus, options, "machine"), options.steps)
     ours: list[Any] = []
@@ -134,7 +135,7 @@ def their_config(folder: Path, corpus: Corpus, options: argparse.Namespace, work
         "segment_samples": segment_samples(FRAMES),
         "batch_size": options.batch,
         "workers": workers,
-        "threads": len(os.sched_getaffinity(0)),
+        "threads": default_workers(),
     }
     path.write_text(yaml.safe_dump(settings))
     return path
@@ -142,7 +143,7 @@ def their_config(folder: Path, corpus: Corpus, options: argparse.Namespace, work
 
 def conditions(device: str, options: argparse.Namespace) -> dict[str, Any]:
     """What the figures hold for."""
-    cores = f"{len(os.sched_getaffinity(0))} cores, {platform.machine()}, {torch.backends.cpu.get_cpu_capability()}"
+    cores = f"{default_workers()} cores, {platform.machine()}, {torch.backends.cpu.get_cpu_capability()}"
     return {
         "device": device,
         "machine": f"{torch.cuda.get_device_name()}, {cores}" if device == "cuda" else cores,

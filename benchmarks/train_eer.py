@@ -11,7 +11,6 @@ has heard. Rooms and noises are drawn by each in its own way: in every segment a
 
 import argparse
 import json
-import os
 import platform
 import statistics
 import subprocess
@@ -28,6 +27,7 @@ from train import run
 
 from cel_dist.config_file import dump_config, parse_config
 from cel_dist.corpus.synth import synthesise_corpus
+from cel_dist.data.pool import default_workers
 from cel_dist.data.prepare import prepare
 from cel_dist.data.prepare_bank import prepare_bank
 from cel_dist.evaluation import evaluate
@@ -89,8 +89,7 @@ def measure(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
         print(rows[-1], flush=True)
     return {
         "conditions": {
-            "machine": f"{len(os.sched_getaffinity(0))} cores, {platform.machine()}, "
-            f"{torch.backends.cpu.get_cpu_capability()}",
+            "machine": f"{default_workers()} cores, {platform.machine()}, {torch.backends.cpu.get_cpu_capability()}",
             "python": platform.python_version(),
             "versions": {name: version(name) for name in ("torch", "deepspeed", "torchaudio", "numpy", "scipy")},
             "precision": options.precision,
@@ -116,7 +115,7 @@ def published(folder: Path, seed: int, files: list[str], options: argparse.Names
         "segment_samples": segment_samples(FRAMES),
         "batch_size": BATCH,
         "workers": 1,
-        "threads": len(os.sched_getaffinity(0)),
+        "threads": default_workers(),
         "seed": seed,
         "warmup_steps": WARMUP,
         "snr_db": {kind: list(bounds) for kind, bounds in SNR_DB.items()},

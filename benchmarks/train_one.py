@@ -2,8 +2,10 @@
 
     python benchmarks/train_one.py ours|published|machine CONFIG STEPS          # prints one JSON object
 
-`ours` is the training loop of `cel train` on the shards of CONFIG. By turns it takes a step as it is, a step with a
-synchronisation around every part, and a pass of the encoder alone, so that all three see the same machine.
+`ours` is the training loop of `cel train` on the shards of CONFIG: first steps without a break, of which the rate and
+the waiting for data are told, because only they leave the readers no more time than a run does. Then it takes by turns
+a step as it is, a step with a synchronisation around every part, and a pass of the encoder alone, so that all three see
+the same machine.
 """
 
 import argparse
@@ -115,26 +117,29 @@ def ours(config_file: Path, steps: int) -> dict[str, Any]:
             trainer.batches = batches = _Noted(trainer.batches)  # type: ignore[assignment]
             clock.watch(trainer.engine.objective.get_submodule("encoder"), "encoder forward")
             clock.watch(trainer.engine.objective.get_submodule("loss"), "loss forward")
+            whole, waited = _without_a_break(trainer, clock, batches, steps)
+            # Before there is a second encoder.
+            peak_bytes = _peak_bytes(device)
             alone = EncoderAlone(config, config.train.batch_size // world.size, device)
-            whole, waited, ceiling = [], [], []
+            by_turns, ceiling = [], []
             for _ in range(WARM_UP + steps):
                 begin = clock.now()
-                trainer.train_step()
-                whole.append(clock.now() - begin)
-                waited.append(batches.waited)
+                trainer.advance()
+                by_turns.append(clock.now() - begin)
                 with clock.step():
-                    trainer.train_step()
+                    trainer.advance()
                 # All ranks at once, as in a step.
                 torch.distributed.barrier()
                 begin = clock.now()
                 alone()
                 ceiling.append(clock.now() - begin)
         result = {
-            "whole": whole[WARM_UP:],
-            "waited": waited[WARM_UP:],
+            "whole": whole,
+            "waited": waited,
+            "by_turns": by_turns[WARM_UP:],
             "parts": [_parts(seconds) for seconds in clock.steps[WARM_UP:]],
             "encoder_alone": ceiling[WARM_UP:],
-            "peak_bytes": _peak_bytes(device),
+            "peak_bytes": peak_bytes,
             "syncs": _synchronisations(trainer) if device.type == "cuda" else None,
         }
         trainer.batches.close()
@@ -142,8 +147,27 @@ def ours(config_file: Path, steps: int) -> dict[str, Any]:
     return result
 
 
+def _without_a_break(trainer: Any, clock: Clock, batches: _Noted, steps: int) -> tuple[list[float], list[float]]:
+    """Seconds of steps that follow each other at once, and those that the loop waited for data in them."""
+    for _ in range(WARM_UP):
+        trainer.advance()
+    whole, waited = [], []
+    begin = first = clock.now()
+    for _ in range(steps):
+        trainer.advance()
+        end = time.perf_counter()
+        whole.append(end - begin)
+        waited.append(batches.waited)
+        begin = end
+    if trainer.device.type == "cuda":
+        # The host is ahead of the device, so that its times of single steps are none.
+        whole = [(clock.now() - first) / steps] * steps
+    return whole, waited
+
+
 class EncoderAlone:
     """Forward and backward passes of the encoder of a run on features that are on the device: what no step can beat.
+    Views and batch norm are as in a step; there is no loss, and no gradient goes to another rank.
 
     Args:
         config: of the run.
@@ -153,18 +177,19 @@ class EncoderAlone:
 
     def __init__(self, config: Any, rows: int, device: torch.device) -> None:
         from cel_dist.features import HOP, segment_samples
-        from cel_dist.training.objective import new_encoder
+        from cel_dist.training.objective import new_encoder, new_objective
 
         frames = 1 + segment_samples(config.data.segment_frames) // HOP
-        self._encoder = new_encoder(config).to(device).train()
-        self._features = torch.randn(2, rows, config.features.num_mels, frames, device=device)
+        objective = new_objective(config, new_encoder(config), torch.distributed.group.WORLD, device.type == "cuda")
+        self._objective = objective.to(device).train()
+        self._features = torch.randn(rows, 2, config.features.num_mels, frames, device=device)
         self._cast = torch.autocast(device.type, torch.bfloat16, enabled=config.train.precision == "bf16")
 
     def __call__(self) -> None:
         with self._cast:
-            outputs = [self._encoder(view) for view in self._features]
-        torch.stack(outputs).sum().backward()
-        self._encoder.zero_grad()
+            embeddings = self._objective("embed", self._features)
+        embeddings.sum().backward()
+        self._objective.zero_grad()
 
 
 # Of `Trainer.train_step` and `Batches`; what their sums lack is told as the rest.

@@ -67,26 +67,26 @@ def _wholes(report: Mapping[str, Any]) -> list[str]:
 def _ceilings(report: Mapping[str, Any]) -> list[str]:
     batch = report["conditions"]["batch"]
     lines = [
-        "The ceiling is the encoder alone, forward and backward, on features that are on the device, by turns with the "
-        "whole step.",
+        "The ceiling is the encoder alone, forward and backward, on features that are on the device. Whole steps were "
+        "taken by turns with it here, one after the other without a break above.",
         "",
         "| ranks | whole, utterances/s | ceiling, utterances/s | share of the ceiling |",
         "| ---: | ---: | ---: | ---: |",
     ]
     for ranks, turns in (("1", report["ours"]), *report["more_ranks"].items()):
-        whole, ceiling = _median(turns, "whole"), _median(turns, "encoder_alone")
+        whole, ceiling = _median(turns, "by_turns"), _median(turns, "encoder_alone")
         lines.append(f"| {ranks} | {batch / whole:.1f} | {batch / ceiling:.1f} | {100 * ceiling / whole:.1f} % |")
     return [*lines, ""]
 
 
 def _budget(report: Mapping[str, Any]) -> list[str]:
     batch, turns = report["conditions"]["batch"], report["ours"]
-    whole = _median(turns, "whole")
+    whole = _median(turns, "by_turns")
     steps = [step for turn in turns for step in turn["parts"]]
     of_part = {name: statistics.median(step[name] for step in steps) for name in PARTS}
     total = sum(of_part.values())
     lines = [
-        "Parts, timed with a synchronisation around each, in steps between those above.",
+        "Parts, timed with a synchronisation around each, in steps by turns with whole ones.",
         "",
         "| part | ms a step | share of the whole | utterances/s of it alone |",
         "| --- | ---: | ---: | ---: |",

@@ -173,15 +173,9 @@ class Trainer:
             self.profile.start()
             while self.state.step < self.total_steps:
                 step_begin = time.perf_counter()
-                self.train_step()
-                self.display.at(self.state.step)
-                if self._is_record_due() or self._is_checkpoint_due() or self.ledger.is_stopping:
-                    # What is written and saved is what all steps came to.
-                    self.ledger.settle()
+                self.advance()
                 step_seconds += time.perf_counter() - step_begin
                 self.profile.step()
-                if self._is_record_due():
-                    self._record_interval()
                 # The checkpoint comes first: a validation that fails must not cost what was trained.
                 if self._is_checkpoint_due() or self.ledger.is_stopping:
                     self._save_checkpoint()
@@ -204,6 +198,16 @@ class Trainer:
             self.checkpoints.close()
             if self.tracker:
                 self.tracker.finish(status)
+
+    def advance(self) -> None:
+        """A step, and what is told of it: all of the loop but checkpoints and evaluations."""
+        self.train_step()
+        self.display.at(self.state.step)
+        if self._is_record_due() or self._is_checkpoint_due() or self.ledger.is_stopping:
+            # What is written and saved is what all steps came to.
+            self.ledger.settle()
+        if self._is_record_due():
+            self._record_interval()
 
     def train_step(self) -> None:
         """Fetch and augment, forward and backward, agree, update where that was agreed on. Nothing here waits for the
