@@ -15,7 +15,7 @@ from training_runs import write_config
 
 from cel_dist.cli.app import run
 from cel_dist.config_file import load_config
-from cel_dist.errors import CelError
+from cel_dist.errors import CelError, RunError
 from cel_dist.sweep import plots
 from cel_dist.sweep.outcomes import Outcome, best_of, curve, read_outcomes, write_outcomes
 from cel_dist.sweep.run import run_sweep
@@ -263,3 +263,11 @@ def test_the_section_survives_yaml(small_corpus, tmp_path):
     sweep = sweep_of(small_corpus, tmp_path)
     text = yaml.safe_dump(sweep.section.model_dump(mode="json", exclude_none=True))
     assert type(sweep.section).model_validate(yaml.safe_load(text)) == sweep.section
+
+
+def test_a_cluster_out_of_reach_leaves_nothing_that_refuses_the_same_command(small_corpus, tmp_path):
+    pytest.importorskip("ray", reason="Ray is not installed: pip install 'cel_dist[sweep]'")
+    sweep = sweep_of(small_corpus, tmp_path)
+    for _ in range(2):
+        with pytest.raises(RunError, match=r"no Ray cluster can be reached at '127\.0\.0\.1:9'"):
+            run_sweep(sweep, address="127.0.0.1:9")

@@ -74,6 +74,7 @@ def test_ctrl_c_ends_a_run_that_shows_its_progress(config, tmp_path):
     assert asked
     assert code == 130
     assert "Traceback" not in shown
+    assert shown.rstrip().endswith("error: interrupted")
     assert len(records(tmp_path / "run")) < 2500
 
 

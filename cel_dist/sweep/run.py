@@ -60,9 +60,12 @@ def run_sweep(
             preflight(first, sweep.section.ranks, "auto")
             sweep.folder.mkdir(parents=True, exist_ok=True)
             with sole_writer(sweep.folder, "cel sweep"):
-                _prepare(sweep, resume)
+                text = _checked(sweep, resume)
                 # Ray takes SIGTERM for itself when it starts.
                 with connected(address, extra="sweep"), _interruptible():
+                    # Only now, so that a cluster out of reach leaves nothing that the same command would refuse.
+                    with atomic_write(sweep.folder / RESOLVED) as file:
+                        file.write(text.encode())
                     return _run(sweep, register_as)
     except (KeyboardInterrupt, SystemExit):
         raise PreemptedError(_asked_to_end(sweep)) from None
@@ -74,8 +77,8 @@ def _asked_to_end(sweep: Sweep) -> str:
     return f"the sweep was asked to end and did; go on with --resume, its folder is {sweep.folder}"
 
 
-def _prepare(sweep: Sweep, resume: bool) -> None:
-    """Check that the folder is what `resume` says, and note the search in it."""
+def _checked(sweep: Sweep, resume: bool) -> str:
+    """Check that the folder is what `resume` says; returns the search as the folder is to note it."""
     from cel_dist.config_file import dump_config, flat
     from cel_dist.sweep.section import SweepConfig
 
@@ -95,8 +98,7 @@ def _prepare(sweep: Sweep, resume: bool) -> None:
             )
     elif resume:
         raise CelError(f"{sweep.folder} has no sweep to go on with; leave out --resume, or name its run.dir")
-    with atomic_write(noted) as file:
-        file.write(text.encode())
+    return text
 
 
 def _run(sweep: Sweep, register_as: str | None) -> dict[str, Any]:
