@@ -55,7 +55,7 @@ def stats(
 
         read = load_config(config)
         section = read.data
-        batches = Batches(read.read_samples, read.train.batch_size, section.short, 1 if read.labels.use else 2)
+        batches = Batches.of(read)
     if batch_size is not None:
         batches = Batches(batches.segment_samples, batch_size, batches.short, batches.segments)
     access = Access(
@@ -80,17 +80,11 @@ def stats(
 
 
 def _text(found: "Statistics") -> list[str]:
-    low, _, median, _, high = found.duration_seconds
-    lines = [
-        f"{found.location}: {found.utterances} utterances, {found.hours:.2f} h",
-        "",
-        f"duration           median {median:.1f} s, 5 % below {low:.1f} s, 5 % above {high:.1f} s",
-        *_histogram(found),
-        "",
-        *_of_batches(found),
-        *_of_audio(found),
-        *_of_copies(found),
-    ]
+    from cel_dist.data.statistics_rows import rows_of
+
+    duration, *others = (f"{what:<19}{value}" for what, value in rows_of(found))
+    lines = [f"{found.location}: {found.utterances} utterances, {found.hours:.2f} h", "", duration, *_histogram(found)]
+    lines += ["", *others, *_examples(found)]
     for advice in found.advice:
         lines += ["", f"! {advice.found}", f"  -> {advice.remedy}"]
     return lines if found.advice else [*lines, "", "nothing that calls for action"]
@@ -107,44 +101,9 @@ def _histogram(found: "Statistics") -> list[str]:
     return lines
 
 
-def _of_batches(found: "Statistics") -> list[str]:
-    drawn, negatives = found.drawn, found.negatives
-    lines = [
-        f"batches            {drawn.batches_per_epoch} of {drawn.batch_size} an epoch, from {drawn.usable} utterances",
-        f"short              {drawn.short_utterances} shorter than {drawn.needed_seconds:.2f} s (all segments), "
-        f"{drawn.shorter_than_a_segment} than {drawn.segment_seconds:.2f} s (one); {drawn.dropped} left out "
-        f"(data.short={drawn.short})",
-    ]
-    if negatives is None:
-        return [*lines, "false negatives    not known; give --speakers N, or --use-labels where the shards have labels"]
-    return [
-        *lines,
-        f"false negatives    {negatives.pair_rate:.3%} of the pairs of a batch, {negatives.pairs_per_batch:.1f} pairs; "
-        f"{negatives.anchor_rate:.1%} of the rows have one (from {negatives.source})",
-    ]
-
-
-def _of_audio(found: "Statistics") -> list[str]:
-    levels = found.levels
-    measured = f"measured           {found.sampled} utterances, {found.unreadable} of them unreadable"
-    if levels is None:
-        return [measured]
-    return [
-        measured,
-        f"level              median {levels.rms_db[2]:.1f} dBFS ({levels.rms_db[0]:.1f} to {levels.rms_db[4]:.1f}), "
-        f"peak {levels.peak_db[2]:.1f} dBFS; {levels.quiet:.1%} quiet",
-        f"clipping           {levels.clipped:.1%} of the utterances",
-        f"silence            {levels.silence_of_all:.1%} of the audio",
-        f"padding            {levels.padding_of_all:.1%} of the audio, {levels.padded:.1%} of the utterances",
-        f"nothing over 4 kHz {levels.narrow:.1%} of the utterances",
-        f"DC offset          {levels.offset:.1%} of the utterances",
-    ]
-
-
-def _of_copies(found: "Statistics") -> list[str]:
+def _examples(found: "Statistics") -> list[str]:
     copies = found.duplicates
-    lines = [f"duplicates         {copies.exact} exact; {copies.similar} pairs that sound the same"]
-    lines += [f"  same audio       {' = '.join(group)}" for group in copies.exact_examples[:5]]
+    lines = [f"  same audio       {' = '.join(group)}" for group in copies.exact_examples[:5]]
     lines += [f"  same sound       {' ~ '.join(pair)}" for pair in copies.similar_examples[:5]]
     hidden = max(0, len(copies.exact_examples) - 5) + max(0, len(copies.similar_examples) - 5)
     return [*lines, "  --json lists more"] if hidden else lines

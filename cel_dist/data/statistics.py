@@ -10,7 +10,7 @@ Who speaks is read only where a caller asks for it.
 
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -25,6 +25,9 @@ from cel_dist.data.plan import ShortPolicy
 from cel_dist.data.progress import Progress
 from cel_dist.errors import CelError
 from cel_dist.training.false_negatives import FalseNegatives
+
+if TYPE_CHECKING:
+    from cel_dist.config import Config
 
 DEFAULT_SAMPLE = 10_000
 """Most utterances whose audio is measured."""
@@ -63,6 +66,11 @@ class Batches:
     batch_size: int = 200
     short: ShortPolicy = "drop"
     segments: int = 2
+
+    @classmethod
+    def of(cls, config: "Config") -> "Batches":
+        """Those of a run."""
+        return cls(config.read_samples, config.train.batch_size, config.data.short, 1 if config.labels.use else 2)
 
 
 @dataclass(frozen=True)

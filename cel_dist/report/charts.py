@@ -70,6 +70,18 @@ def tick_text(value: float, step: float) -> str:
     return f"{value + 0.0:,.{digits}f}".replace(",", " ")
 
 
+def shortened(name: str, most: int = 32) -> str:
+    """A name that has room in a drawing: the middle of a long one is left out.
+
+    >>> shortened("anna"), shortened("abcdefghij", 7)
+    ('anna', 'abc\N{HORIZONTAL ELLIPSIS}hij')
+    """
+    if len(name) <= most:
+        return name
+    kept = most - 1
+    return f"{name[: kept - kept // 2]}\N{HORIZONTAL ELLIPSIS}{name[-(kept // 2) :]}"
+
+
 @dataclass
 class Chart:
     """A drawing with axes, to which marks are added in the order they lie over each other.

@@ -10,7 +10,7 @@ import numpy.typing as npt
 from scipy.special import ndtri
 
 from cel_dist.data.audio import SAMPLE_RATE
-from cel_dist.report.charts import Axis, Chart, as_file, series_look
+from cel_dist.report.charts import Axis, Chart, as_file, series_look, shortened
 from cel_dist.report.clips import Clips
 from cel_dist.report.run_folder import Scores, speakers_of
 
@@ -121,7 +121,7 @@ def _curves(
     every = [point for points in drawn.values() for point in points]
     x = Axis.around("step", [step for step, _ in every], whole=True)
     y = Axis.around(label, [value for _, value in every], from_zero=from_zero)
-    legend = [(looks[name][0], name, looks[name][1]) for name in series] if len(names) > 1 else ()
+    legend = [(looks[name][0], shortened(name), looks[name][1]) for name in series] if len(names) > 1 else ()
     chart = Chart(title, x, y, width=width, legend=legend)
     for name, points in drawn.items():
         look, dash = looks[name]
@@ -174,7 +174,7 @@ def det_figure(trials: "Mapping[str, RankedTrials]", names: Sequence[str] = ()) 
     axes = [Axis(f"{what} (%)", *ends, ticks) for what in ("false acceptance", "false rejection")]
     looks = [series_look(names.index(name) if names else 0) for name in trials]
     legend = [
-        (look, f"{name}: EER {eer:.2%}" if names else f"EER {eer:.2%}", dash)
+        (look, f"{shortened(name)}: EER {eer:.2%}" if names else f"EER {eer:.2%}", dash)
         for (look, dash), (name, eer, *_) in zip(looks, curves, strict=True)
     ]
     chart = Chart("", axes[0], axes[1], 440, 400, legend, nearest="xy")
@@ -266,7 +266,7 @@ def map_figure(names: Sequence[str], embeddings: npt.NDArray[np.float32], scores
         own = np.array([speakers[number] for number in chosen])
         for speaker in known:
             centre = np.median(places[own == speaker], axis=0)
-            chart.text(float(centre[0]), float(centre[1]) + 0.035, speaker, look="small")
+            chart.text(float(centre[0]), float(centre[1]) + 0.035, shortened(speaker, 24), look="small")
     caption = f"{len(chosen)} utterances of {len(known)} speakers (t-SNE), a colour a speaker"
     if len(chosen) < len(names):
         caption += f", evenly chosen of {len(names)}"

@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 PLOTS = "plots"
 _REPORT_FILE = "report.html"
 _NUM_HARDEST = 10
+# Utterances of the training data whose audio is looked at: about a second's work.
+_NUM_MEASURED = 256
 _PACKAGES = ("cel_dist", "torch", "torchaudio", "deepspeed", "webdataset", "mlflow", "numpy")
 
 Row = tuple[str, str]
@@ -236,9 +238,24 @@ def _data(run: RunFolder) -> tuple[list[Row], Figure | None]:
     ]
     if samples is None or not len(samples):
         return rows, None
-    seconds = np.quantile(samples, (0, 0.5, 1)) / manifest.sample_rate
-    rows.append(("durations", f"{seconds[0]:.1f} s to {seconds[2]:.1f} s, median {seconds[1]:.1f} s"))
-    return rows, duration_figure(samples)
+    return [*rows, *_statistics(run, place)], duration_figure(samples)
+
+
+def _statistics(run: RunFolder, place: str) -> list[Row]:
+    """Levels, faults and duplicates of a sample of the training data, and what to do about them."""
+    from cel_dist.config_file import load_config
+    from cel_dist.data.statistics import Batches, statistics
+    from cel_dist.data.statistics_rows import rows_of
+
+    try:
+        config = load_config(run.folder / "config.yaml")
+        # One process: this may be a training process that is about to end.
+        found = statistics(
+            place, Batches.of(config), sample=_NUM_MEASURED, num_speakers=config.data.num_speakers, workers=1
+        )
+    except CelError as error:
+        return [("not measured", str(error))]
+    return [*rows_of(found), *(("worth acting on", f"{advice.found}: {advice.remedy}") for advice in found.advice)]
 
 
 def _diagnosis(diagnostics: "Diagnostics") -> list[Row]:
