@@ -5,7 +5,7 @@ export PYTHON
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint docs docs-serve clean
+.PHONY: help install demo test lint docs docs-serve dist clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -29,6 +29,10 @@ docs: install ## Build the documentation as a site, site/index.html
 
 docs-serve: install ## Show the documentation at http://127.0.0.1:8000 while it is written
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs serve
+
+dist: install ## Build the wheel and the sdist of a release, dist/
+	rm -rf build dist
+	$(BIN)/python -m build --no-isolation
 
 clean: ## Remove caches and build outputs; keep .venv, runs and demo
 	rm -rf build dist site *.egg-info .pytest_cache .ruff_cache .mypy_cache

@@ -1,9 +1,14 @@
 """Speed perturbation: exact lengths, one speed an utterance, and the same for any number of ranks."""
 
+import os
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from training_runs import CEL, ENVIRONMENT, write_config
 
 from cel_dist.config import Config
 from cel_dist.config_file import parse_config
@@ -87,3 +92,23 @@ def test_so_much_is_read_as_the_highest_speed_takes() -> None:
     assert configured(speeds=SPEEDS).read_samples == 3784  # 1.1 times 3440
     assert configured(speeds=[1.07, 0.9]).read_samples == 3681  # 3680.8
     assert configured(speeds=[0.9]).read_samples == 3096
+
+
+def test_only_other_speeds_need_torchaudio(small_corpus, tmp_path) -> None:
+    """Its native part is linked with CUDA: beside a CPU build of torch, pip's torchaudio cannot be imported."""
+    broken = tmp_path / "site" / "torchaudio"
+    broken.mkdir(parents=True)
+    (broken / "__init__.py").write_text("raise OSError('Could not load this library: _torchaudio.abi3.so')")
+    environment = {**ENVIRONMENT, "PYTHONPATH": os.pathsep.join([str(broken.parent), *sys.path])}
+
+    def trained(*settings: str) -> subprocess.CompletedProcess[str]:
+        command = [*CEL, "train", str(write_config(small_corpus, tmp_path)), "train.max_steps=2", *settings]
+        return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+
+    done = trained("augment.speeds=[0.9, 1.0]", f"run.dir={tmp_path}/other")
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
+    assert done.stderr.splitlines()[-1].startswith("error: augment.speeds needs torchaudio, which cannot be imported")
+    done = trained()
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("2 steps")

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from cel_dist.copies import to_device
 from cel_dist.data.randomness import Purpose, generator
+from cel_dist.errors import CelError
 
 _HUNDREDTHS = 100
 
@@ -24,19 +25,20 @@ class SpeedPerturbation(nn.Module):
         speeds: factors with two decimals at most; 1.0 leaves an utterance as it is.
         num_samples: samples T of a segment afterwards.
         seed: seed of the choices.
+
+    Raises:
+        CelError: there are other speeds than 1.0, and torchaudio, which resamples, cannot be imported.
     """
 
     def __init__(self, speeds: tuple[float, ...], num_samples: int, seed: int) -> None:
         super().__init__()
-        # Not above, because whoever asks for the choices alone need not load it.
-        from torchaudio.transforms import Resample
-
         self.speeds = speeds
         self._num_samples = num_samples
         self._seed = seed
         self._hundredths = [round(_HUNDREDTHS * speed) for speed in speeds]
+        self._is_off = self._hundredths == [_HUNDREDTHS]
         # What is to be played at speed s is resampled as if its rate were s times the true one.
-        self._resample = nn.ModuleList(Resample(speed, _HUNDREDTHS) for speed in self._hundredths)
+        self._resample = nn.ModuleList([] if self._is_off else _resamplers(self._hundredths))
 
     def drawn(self, *, epoch: int, step: int, rows: slice, batch_size: int) -> npt.NDArray[np.int64]:
         """Which speed each row of this rank has: [B] int64, places in `speeds`, a function of (seed, epoch, step).
@@ -64,7 +66,7 @@ class SpeedPerturbation(nn.Module):
         Returns:
             [B, V, T]; with the one speed 1.0 as it came, else float32.
         """
-        if self._hundredths == [_HUNDREDTHS]:
+        if self._is_off:
             return segments[..., : self._num_samples]
         chosen = self.drawn(epoch=epoch, step=step, rows=rows, batch_size=batch_size)
         played = segments.new_empty((*segments.shape[:2], self._num_samples), dtype=torch.float32)
@@ -77,3 +79,15 @@ class SpeedPerturbation(nn.Module):
             wave = segments[index, :, :needed].to(torch.float32)
             played[index] = self._resample[number](wave)[..., : self._num_samples]
         return played
+
+
+def _resamplers(hundredths: list[int]) -> list[nn.Module]:
+    try:
+        # Not above: its wheels do not load beside a CPU build of torch, and training at one speed does without.
+        from torchaudio.transforms import Resample
+    except (ImportError, OSError) as error:
+        raise CelError(
+            f"augment.speeds needs torchaudio, which cannot be imported ({' '.join(str(error).split())}); see "
+            "'torchaudio on a CPU' in docs/install.md, or leave out augment.speeds"
+        ) from None
+    return [Resample(speed, _HUNDREDTHS) for speed in hundredths]
