@@ -70,9 +70,9 @@ def run(arguments: list[str]) -> int:
     """Run `cel` with `arguments` and return the exit code."""
     logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(message)s")
     let_idle_threads_sleep()
-    for name in _COMMAND_MODULES:
-        importlib.import_module(f"cel_dist.cli.{name}")
     try:
+        for name in _COMMAND_MODULES:
+            importlib.import_module(f"cel_dist.cli.{name}")
         outcome = app(args=arguments or ["--help"], prog_name="cel", standalone_mode=False)
         # The code of `typer.Exit` is returned, not raised, when typer does not run stand-alone. Ctrl-C is one, too.
         if outcome == EXIT_INTERRUPTED:
@@ -102,5 +102,7 @@ def _fail(message: str, code: int) -> int:
 
 
 def main() -> None:
-    """Entry point of the installed script."""
-    sys.exit(run(sys.argv[1:]))
+    """Entry point of scripts that were installed before `cel_dist.__main__` was one."""
+    from cel_dist.__main__ import main as begin
+
+    begin()
