@@ -1,4 +1,4 @@
-"""The command `cel`, also as `python -m cel_dist`: what is to be in place before anything that takes time is imported."""
+"""The command `cel`, also as `python -m cel_dist`: what is in place before anything that takes time is imported."""
 
 import atexit
 import os
@@ -31,7 +31,7 @@ def main() -> None:
         signal.signal(signal.SIGINT, lambda number, frame: _leave(code))
     # Python ends with signal 2, not with `code`, where an interrupt went through an `exec` of source and was caught
     # later: as many modules have one, of named tuples and data classes. Another `exec` lets it forget.
-    exec("")  # noqa: S102
+    exec("")
     sys.exit(code)
 
 

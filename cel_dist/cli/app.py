@@ -11,7 +11,7 @@ import typer
 from typer.exceptions import TyperException
 
 from cel_dist.distributed import let_idle_threads_sleep
-from cel_dist.errors import EXIT_INTERRUPTED, CelError, RunError, exit_code
+from cel_dist.errors import EXIT_INTERRUPTED, CelError, RunError, exit_code, missing_package
 
 app = typer.Typer(
     name="cel",
@@ -80,6 +80,8 @@ def run(arguments: list[str]) -> int:
         return outcome if isinstance(outcome, int) else 0
     except (CelError, RunError) as error:
         return _fail(str(error), exit_code(error))
+    except ModuleNotFoundError as error:
+        return _fail(str(missing_package(error)), 2)
     except TyperException as error:
         return _fail(f"{error.format_message()}; see 'cel --help' and 'cel COMMAND --help'", 2)
     except (KeyboardInterrupt, typer.Abort):
