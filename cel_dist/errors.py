@@ -1,5 +1,7 @@
 """The kinds of failure that a user meets, and what becomes of them on the command line."""
 
+import sys
+
 # What sysexits.h calls a failure that goes away by itself: whoever started the run may start it again as it is.
 EXIT_PREEMPTED = 75
 # What a shell says of a program that SIGINT ended: 128 + 2.
@@ -7,6 +9,24 @@ EXIT_INTERRUPTED = 130
 
 # No rank: the watchdog has said it.
 ALREADY_SAID = -1
+
+
+# Packages of the extras, by the names of their modules; all others belong to every installation.
+_EXTRAS = {
+    "espeakng_loader": "corpus",
+    "fastapi": "serve",
+    "multipart": "serve",
+    "onnx": "onnx",
+    "onnxruntime": "onnx",
+    "onnxscript": "onnx",
+    "optuna": "sweep",
+    "prometheus_client": "serve",
+    "python_multipart": "serve",
+    "ray": "ray",
+    "s3fs": "s3",
+    "starlette": "serve",
+    "uvicorn": "serve",
+}
 
 
 class CelError(Exception):
@@ -40,3 +60,24 @@ def exit_code(error: CelError | RunError) -> int:
     if isinstance(error, PreemptedError):
         return EXIT_PREEMPTED
     return 2 if isinstance(error, CelError) else 1
+
+
+def missing_package(error: ModuleNotFoundError) -> CelError:
+    """What to say of a package that is not installed.
+
+    Raises:
+        ModuleNotFoundError: `error`, if it names none, or a part of this package.
+
+    >>> str(missing_package(ModuleNotFoundError("...", name="onnx.helper"))).partition(" in ")[0]
+    "the Python package 'onnx' is not installed"
+    """
+    package = (error.name or "").partition(".")[0]
+    if package in ("", "cel_dist"):
+        raise error
+    if package in _EXTRAS:
+        remedy = f"pip install 'cel_dist[{_EXTRAS[package]}]'"
+    else:
+        remedy = f"run 'make install' in the checkout, or pip install {package}"
+    return CelError(
+        f"the Python package '{package}' is not installed in {sys.prefix}; {remedy}; 'cel doctor' looks further"
+    )

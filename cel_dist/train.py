@@ -11,7 +11,7 @@ import sys
 
 from cel_dist.config_file import load_config
 from cel_dist.distributed import leave_process, let_idle_threads_sleep
-from cel_dist.errors import EXIT_INTERRUPTED, CelError, PreemptedError, RunError, exit_code
+from cel_dist.errors import EXIT_INTERRUPTED, CelError, PreemptedError, RunError, exit_code, missing_package
 from cel_dist.launcher.ranks import LAUNCH, end_with_launcher
 
 
@@ -30,9 +30,12 @@ def main(arguments: list[str] | None = None) -> int:
     end_with_launcher()
     try:
         config = load_config(options.config, options.overrides)
-        from cel_dist.training.trainer import train
+        try:
+            from cel_dist.training.trainer import train
 
-        train(config, options.resume)
+            train(config, options.resume)
+        except ModuleNotFoundError as error:
+            raise missing_package(error) from None
     except (CelError, RunError) as error:
         if _is_said_here(error):
             told = " ".join(str(error).split())

@@ -11,7 +11,7 @@ import typer
 from typer.exceptions import TyperException
 
 from cel_dist.distributed import let_idle_threads_sleep
-from cel_dist.errors import EXIT_INTERRUPTED, CelError, RunError, exit_code
+from cel_dist.errors import EXIT_INTERRUPTED, CelError, RunError, exit_code, missing_package
 
 app = typer.Typer(
     name="cel",
@@ -70,9 +70,9 @@ def run(arguments: list[str]) -> int:
     """Run `cel` with `arguments` and return the exit code."""
     logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(message)s")
     let_idle_threads_sleep()
-    for name in _COMMAND_MODULES:
-        importlib.import_module(f"cel_dist.cli.{name}")
     try:
+        for name in _COMMAND_MODULES:
+            importlib.import_module(f"cel_dist.cli.{name}")
         outcome = app(args=arguments or ["--help"], prog_name="cel", standalone_mode=False)
         # The code of `typer.Exit` is returned, not raised, when typer does not run stand-alone. Ctrl-C is one, too.
         if outcome == EXIT_INTERRUPTED:
@@ -80,6 +80,8 @@ def run(arguments: list[str]) -> int:
         return outcome if isinstance(outcome, int) else 0
     except (CelError, RunError) as error:
         return _fail(str(error), exit_code(error))
+    except ModuleNotFoundError as error:
+        return _fail(str(missing_package(error)), 2)
     except TyperException as error:
         return _fail(f"{error.format_message()}; see 'cel --help' and 'cel COMMAND --help'", 2)
     except (KeyboardInterrupt, typer.Abort):
@@ -102,5 +104,7 @@ def _fail(message: str, code: int) -> int:
 
 
 def main() -> None:
-    """Entry point of the installed script."""
-    sys.exit(run(sys.argv[1:]))
+    """Entry point of scripts that were installed before `cel_dist.__main__` was one."""
+    from cel_dist.__main__ import main as begin
+
+    begin()

@@ -95,10 +95,13 @@ def writing_into(folder: Path) -> Iterator[None]:
 
 
 def require_folder_or_nothing(out: Path) -> None:
-    """Raise CelError if `out`, or what it is to lie in, is there and is not a folder."""
+    """Raise CelError if `out`, or what it is to lie in, is there and is not a folder, or cannot be written into: before
+    the work whose outcome would have no place."""
     there = next((path for path in (out, *out.parents) if path.exists()), None)
     if there is not None and not there.is_dir():
         raise CelError(f"{there} is a file; give a folder to write into")
+    if there is not None and not os.access(there, os.W_OK | os.X_OK):
+        raise CelError(f"cannot write into {there}: it is read-only for this user; give another folder, or change that")
 
 
 def sha256_of(path: Path) -> str:

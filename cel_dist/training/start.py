@@ -150,6 +150,11 @@ def find_start(
     result = TrainResult.read(config.run.dir) if is_own and checkpoint == complete[-1] else None
     if result and not (result.steps == saved.state.step >= total):
         result = None
+    if result is None and saved.state.step > total:
+        remarks.append(
+            f"train.epochs and train.max_steps end the run at step {total}, and {checkpoint} is at step "
+            f"{saved.state.step}: nothing is trained, the run is finished as it is; raise them to go on instead"
+        )
     return Start(state, checkpoint, saved, is_own, named or saved.begun_from, result, tuple(remarks))
 
 
