@@ -128,7 +128,6 @@ def test_the_metadata_say_what_it_is(distribution: Distribution) -> None:
     assert metadata["License-Expression"] == "Apache-2.0"
     assert metadata["Description-Content-Type"] == "text/markdown"
     assert metadata.get_payload().strip() == (PROJECT / "README.md").read_text().strip()
-    # Away from the checkout, an unknown classifier is refused.
     assert set(metadata.get_all("Classifier")) == set(project["classifiers"])
     assert all("License ::" not in line for line in project["classifiers"])
     assert len(metadata.get_all("Requires-Dist")) == len(project["dependencies"]) + sum(

@@ -99,6 +99,29 @@ def test_all_changed_settings_are_named_and_other_data_is_noticed(finished):
         find_start(load_config(finished), signature=signature(steps_per_epoch=6), num_ranks=1, resume="auto")
 
 
+def test_data_that_were_moved_are_the_same_experiment(run, finished, small_corpus, tmp_path):
+    folder, override = run
+    for name in ("shards", "bank"):
+        shutil.copytree(getattr(small_corpus, name), tmp_path / "elsewhere" / name)
+    moved = [override, *(f"data.{name}={tmp_path / 'elsewhere' / name}" for name in ("shards", "bank"))]
+    result = run_world(1, train_job, finished, [*moved, "train.max_steps=5"], folder=tmp_path / "world")[0]
+    assert result["steps"] == 5
+    assert sorted(losses(folder)) == [1, 2, 3, 4, 5]
+
+
+def test_other_data_in_the_same_place_are_told(run, finished):
+    folder, override = run
+    config, manifests = load_config(finished, [override]), {"shards": "0" * 64}
+    start = find_start(
+        config, signature=signature(steps_per_epoch=5, manifest_sha256=manifests), num_ranks=1, resume="auto"
+    )
+    checkpoint = folder / "checkpoints" / "step-00000004"
+    assert start.remarks == (
+        f"data.shards has other data than when {checkpoint} was written: its manifest is another one",
+    )
+    assert start_of(config).remarks == ()
+
+
 def test_length_reports_and_places_may_change(finished):
     free = ["train.max_steps=9", "train.epochs=7", "train.log_every=3", "train.threads=2", "data.workers=1"]
     free += [

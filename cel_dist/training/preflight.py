@@ -3,6 +3,7 @@
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from cel_dist.config import Config
 from cel_dist.data.augment import Augment
@@ -44,8 +45,23 @@ class Checked:
     @property
     def manifest_sha256(self) -> dict[str, str]:
         """SHA-256 of `manifest.json` of the shards and of `bank.json`."""
-        manifests = {"shards": self.shards.manifest, "bank": None if self.bank is None else self.bank.manifest}
-        return {name: read.sha256 for name, read in manifests.items() if read is not None and read.sha256 is not None}
+        return _manifest_sha256(self.shards, self.bank)
+
+    @property
+    def signature(self) -> dict[str, Any]:
+        """What a checkpoint of the run depends on besides the configuration."""
+        return _signature(self.shards, self.plan, self.bank, self.class_names)
+
+
+def _manifest_sha256(shards: ShardFolder, bank: Bank | None) -> dict[str, str]:
+    manifests = {"shards": shards.manifest, "bank": None if bank is None else bank.manifest}
+    return {name: read.sha256 for name, read in manifests.items() if read is not None and read.sha256 is not None}
+
+
+def _signature(shards: ShardFolder, plan: BatchPlan, bank: Bank | None, names: tuple[str, ...]) -> dict[str, Any]:
+    return signature(
+        steps_per_epoch=plan.steps_per_epoch, class_names=names, manifest_sha256=_manifest_sha256(shards, bank)
+    )
 
 
 def preflight(config: Config, num_ranks: int | None, resume: str) -> Checked:
@@ -81,7 +97,7 @@ def preflight(config: Config, num_ranks: int | None, resume: str) -> Checked:
     PluginAugment(config.augment.extra, config.train.seed)
     start = find_start(
         config,
-        signature=signature(steps_per_epoch=plan.steps_per_epoch, class_names=names),
+        signature=_signature(shards, plan, bank, names),
         num_ranks=num_ranks,
         resume=resume,
     )

@@ -44,6 +44,7 @@ _FREE = (
     "train.profile_steps",
     "train.threads",
 )
+_MANIFESTS = "manifests"
 # Without these a checkpoint cannot be read, or its position means nothing, in whatever run.
 FIXED = (
     "encoder.name",
@@ -82,10 +83,14 @@ class Start:
     remarks: tuple[str, ...] = ()
 
 
-def signature(*, steps_per_epoch: int, class_names: Sequence[str] = ()) -> dict[str, Any]:
-    """What a checkpoint depends on besides the configuration: the position of a run on the steps of an epoch, and class
-    weights on whom they belong to, and at which speed."""
+def signature(
+    *, steps_per_epoch: int, class_names: Sequence[str] = (), manifest_sha256: Mapping[str, str] | None = None
+) -> dict[str, Any]:
+    """What a checkpoint depends on besides the configuration: the position of a run on the steps of an epoch, class
+    weights on whom they belong to, and at which speed; and what its data are, wherever they lie."""
     of_data: dict[str, Any] = {"steps per epoch": steps_per_epoch}
+    if manifest_sha256:
+        of_data[_MANIFESTS] = dict(manifest_sha256)
     if class_names:
         digest = hashlib.sha256("\n".join(class_names).encode()).hexdigest()[:16]
         of_data["speakers"] = f"{len(class_names)} ({digest})"
@@ -136,9 +141,11 @@ def find_start(
         )
     steps_per_epoch = signature["steps per epoch"]
     changed = _changed_settings(saved.config, config)
-    changed |= {key: (saved.signature.get(key), value) for key, value in signature.items()}
+    remarks += _other_data(saved.signature.get(_MANIFESTS, {}), signature.get(_MANIFESTS, {}), changed, checkpoint)
+    signed = [key for key in signature if key != _MANIFESTS]
+    changed |= {key: (saved.signature.get(key), signature[key]) for key in signed}
     changed = {key: (former, now) for key, (former, now) in changed.items() if former != now}
-    remarks += _require_same_experiment(checkpoint, changed, list(signature), is_own=is_own)
+    remarks += _require_same_experiment(checkpoint, changed, signed, is_own=is_own)
     remarks += _other_world(saved, config, num_ranks)
     total, former_total = num_steps(config, steps_per_epoch), num_steps(saved.config, steps_per_epoch)
     if config.optim.schedule == "cosine" and total != former_total:
@@ -189,6 +196,20 @@ def _other_world(saved: SavedRun, config: Config, num_ranks: int | None) -> list
         f"the checkpoint was written by {former_ranks} ranks under ZeRO {former_stage}, {ranks} under ZeRO {stage} go "
         "on from it: the same parameters and optimizer, sums in another order"
     ]
+
+
+def _other_data(
+    former: Mapping[str, str], now: Mapping[str, str], changed: dict[str, tuple[Any, Any]], checkpoint: Path
+) -> list[str]:
+    """Take data that were only moved out of what changed; a remark on those that are others in the same place."""
+    remarks = []
+    for name in former.keys() & now.keys():
+        setting = f"data.{name}"
+        if former[name] == now[name]:
+            changed.pop(setting, None)
+        elif setting not in changed:
+            remarks.append(f"{setting} has other data than when {checkpoint} was written: its manifest is another one")
+    return sorted(remarks)
 
 
 def _require_same_experiment(

@@ -37,7 +37,7 @@ from cel_dist.training.records import Records, writing
 from cel_dist.training.result import TrainResult
 from cel_dist.training.resuming import agreed_start, go_on, require_shared
 from cel_dist.training.schedule import learning_rate, margin, num_steps
-from cel_dist.training.start import Start, signature
+from cel_dist.training.start import Start
 from cel_dist.training.stopping import StopRequest, stop_requests
 from cel_dist.training.validation import VERSIONS, Validation
 from cel_dist.watch import Watchdog
@@ -110,7 +110,7 @@ class Trainer:
         self.plan = checked.plan
         self.batches = Batches(config, checked, world, device)
         self.class_names = names = checked.class_names
-        self.signature = signature(steps_per_epoch=self.plan.steps_per_epoch, class_names=names)
+        self.signature = checked.signature
         start = agreed_start(config, world, signature=self.signature, resume=resume)
         with raised_together(world):
             encoder = initial_encoder(config) if start.checkpoint is None else new_encoder(config)
