@@ -211,8 +211,8 @@ class Chart:
             )
         return parts
 
-    def svg(self, *, place: tuple[float, float] | None = None) -> str:
-        """The drawing; `place` puts it into another one."""
+    def svg(self, figure: str = "", *, place: tuple[float, float] | None = None) -> str:
+        """The drawing; `place` puts it into another one. Who does not see it is told its title, or that of `figure`."""
         parts = []
         if self.title:
             parts.append(f'<text class="title" x="8" y="17">{html.escape(self.title)}</text>')
@@ -231,7 +231,7 @@ class Chart:
         return (
             f'<svg xmlns="http://www.w3.org/2000/svg" class="chart" {where}'
             f'viewBox="0 0 {self.width:g} {self.height:g}" role="img"'
-            f' aria-label="{html.escape(self.title, quote=True)}" '
+            f' aria-label="{html.escape(self.title or figure, quote=True)}" '
             f"{hover}>{''.join(parts)}</svg>"
         )
 
