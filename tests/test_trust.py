@@ -8,6 +8,7 @@ from types import ModuleType
 import pytest
 import tomllib
 import yaml
+from commands import cel
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
@@ -77,3 +78,9 @@ def test_the_page_of_model_cards_has_the_headings_that_cards_have() -> None:
     assert headings[:1] == ["Measured"]
     for heading in headings:
         assert f"**{heading}**" in page
+
+
+def test_the_command_says_which_version_it_is(tmp_path: Path) -> None:
+    code, out, err = cel("--version", cwd=tmp_path)
+    assert (code, err) == (0, "")
+    assert re.fullmatch(rf"cel_dist {re.escape(cel_dist.__version__)}( \(git:[0-9a-f]{{40}}(\+changed)?\))?\n", out)

@@ -15,7 +15,6 @@ from cel_dist.errors import EXIT_INTERRUPTED, CelError, RunError, exit_code, mis
 
 app = typer.Typer(
     name="cel",
-    help="Speaker embeddings from unlabelled speech.",
     add_completion=True,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
@@ -32,6 +31,28 @@ models_app = typer.Typer(help="Models in the MLflow registry.", rich_markup_mode
 app.add_typer(models_app, name="models")
 speakers_app = typer.Typer(help="People enrolled in a store.", rich_markup_mode=None)
 app.add_typer(speakers_app, name="speakers")
+
+
+def _print_version(wanted: bool) -> None:
+    if not wanted:
+        return
+    from cel_dist import __version__
+    from cel_dist.code_version import code_version
+
+    commit = code_version()
+    print(f"cel_dist {__version__}" + (f" ({commit})" if commit.startswith("git:") else ""))
+    raise typer.Exit
+
+
+@app.callback(help="Speaker embeddings from unlabelled speech.")
+def cel(
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit."),
+    ] = False,
+) -> None:
+    """What comes before a command."""
+
 
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object, and nothing else, on stdout.")]
 
@@ -83,7 +104,7 @@ def run(arguments: list[str]) -> int:
     except ModuleNotFoundError as error:
         return _fail(str(missing_package(error)), 2)
     except TyperException as error:
-        return _fail(f"{error.format_message()}; see 'cel --help' and 'cel COMMAND --help'", 2)
+        return _fail(f"{error.format_message().rstrip('.')}; see 'cel --help' and 'cel COMMAND --help'", 2)
     except (KeyboardInterrupt, typer.Abort):
         return _interrupted()
     except BrokenPipeError:
