@@ -12,6 +12,7 @@ from cel_dist.data.audio import read_audio
 from cel_dist.data.check import check_shards
 from cel_dist.data.folder import ShardFolder
 from cel_dist.data.prepare import prepare
+from cel_dist.data.sources import audio_below
 from cel_dist.errors import CelError
 
 
@@ -118,6 +119,14 @@ def test_folders_are_searched_once_even_through_links_to_themselves(tmp_path: Pa
     os.symlink(elsewhere, source / "linked")
     prepare(source, tmp_path / "out", workers=1)
     assert sorted(paths(tmp_path / "out")) == ["a/1.wav", "b/2.wav", "linked/3.wav"]
+
+
+def test_links_that_lead_nowhere_are_rejected_or_passed_over(tmp_path: Path) -> None:
+    source = tmp_path / "audio"
+    source.mkdir()
+    for name, target in {"loop": "loop", "loop.wav": "loop.wav", "gone": "missing", "gone.wav": "missing.wav"}.items():
+        (source / name).symlink_to(target)
+    assert audio_below(source) == ["gone.wav", "loop.wav"]
 
 
 def test_a_list_chooses_files_and_labels_name_their_speakers(corpus: Path, tmp_path: Path) -> None:

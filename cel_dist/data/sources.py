@@ -1,5 +1,6 @@
 """Which audio files a preparation is about: those of a tree, or those that a list names."""
 
+import errno
 import hashlib
 import os
 import posixpath
@@ -44,17 +45,27 @@ def audio_below(source: Path) -> list[str]:
                 continue
             seen.add((status.st_dev, status.st_ino))
             with os.scandir(path) as scan:
-                entries = sorted(scan, key=lambda entry: entry.name)
+                entries = {entry.name: _is_folder(entry) for entry in sorted(scan, key=lambda entry: entry.name)}
         except OSError as error:
-            raise CelError(f"cannot read the folder {path}: {error.strerror}; change its permissions or SRC") from None
-        subfolders = [posixpath.join(folder, entry.name) for entry in entries if entry.is_dir()]
-        pending += reversed(subfolders)
+            place = error.filename or path
+            raise CelError(f"cannot read the folder {place}: {error.strerror}; change its permissions or SRC") from None
+        pending += reversed([posixpath.join(folder, name) for name, is_folder in entries.items() if is_folder])
         found += [
-            posixpath.join(folder, entry.name)
-            for entry in entries
-            if os.path.splitext(entry.name)[1].lower() in AUDIO_SUFFIXES and not entry.is_dir()
+            posixpath.join(folder, name)
+            for name, is_folder in entries.items()
+            if os.path.splitext(name)[1].lower() in AUDIO_SUFFIXES and not is_folder
         ]
     return sorted(found)
+
+
+def _is_folder(entry: "os.DirEntry[str]") -> bool:
+    try:
+        return entry.is_dir()
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            # A link to itself leads nowhere, as one to a file that is gone.
+            return False
+        raise
 
 
 def read_list(list_file: Path, source: Path) -> list[str]:

@@ -12,8 +12,9 @@ import torch
 import torch.distributed as dist
 from numpy.typing import NDArray
 
-from cel_dist.data.audio import AUDIO_SUFFIXES, header_seconds
+from cel_dist.data.audio import header_seconds
 from cel_dist.data.files import atomic_write
+from cel_dist.data.sources import find_audio
 from cel_dist.distributed import World
 from cel_dist.errors import CelError, RunError
 from cel_dist.evaluation.batches import PieceBatches, Room
@@ -270,10 +271,7 @@ def _embed_group(
 def _audio_below(path: Path) -> list[str]:
     if not path.is_dir():
         return [str(path)]
-    found = sorted(str(entry) for entry in path.rglob("*") if entry.suffix.lower() in AUDIO_SUFFIXES)
-    if not found:
-        raise CelError(f"there is no audio below {path}; files count as audio by their suffix, such as .wav or .flac")
-    return found
+    return [str(path / name) for name in find_audio(path)]
 
 
 def _from_main(order: NDArray[np.int64], device: torch.device) -> NDArray[np.int64]:
